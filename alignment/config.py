@@ -1,0 +1,202 @@
+"""Configuration of models, optimisers, stages and evals. No torch, Ray or vLLM here."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from rewards.config import RewardConfig
+from rollout.config import Config, DataConfig
+
+TrackerKind = Literal["tensorboard", "wandb"]
+"""Where metrics go besides the run folder; the recipe's `trackers: [tensorboard]`."""
+
+
+class InitConfig(Config):
+    """A model from scratch."""
+
+    preset: Literal["deepseek-v2-nano", "deepseek-v2-lite", "deepseek-v2"] = "deepseek-v2-nano"
+    """Which DeepSeek-V2 dimensions."""
+    vocab_size: int = Field(512, ge=260)
+    """Most entries of the byte-level BPE tokenizer that is trained on the recipe's own data."""
+
+
+class ModelConfig(Config):
+    """The policy: exactly one of `path` and `init`."""
+
+    path: str | None = None
+    """A Transformers directory (read from the recipe's folder) or a hub name."""
+    init: InitConfig | None = None
+    """Start from random weights."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's own."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of `path` and `init`")
+        return self
+
+
+class TrainConfig(Config):
+    """The training ranks."""
+
+    shard: int = Field(1, ge=1)
+    """Number of ranks; each holds one FSDP2 shard of parameters, gradients and optimiser states."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of compute; parameters and optimiser states stay float32."""
+    tokens_per_rank: int = Field(8192, ge=1)
+    """Most tokens in one micro-batch of a rank."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass to save memory."""
+
+
+Moment = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule; every policy stage has these keys."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up; linear and cosine reach 0 at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    decay_steps: int | None = Field(None, ge=1)
+    """Decay over the last N steps only, constant before (default: from the warm-up on)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[Moment, Moment] = (0.9, 0.999)
+    """AdamW's moment coefficients."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+    def check_schedule(self, steps: int) -> None:
+        """Raise ValueError when warm-up and decay do not fit into `steps` optimiser steps."""
+        needed = self.warmup_steps + (self.decay_steps or 0)
+        if needed > steps:
+            raise ValueError(f"`warmup_steps` + `decay_steps` are {needed}, more than the {steps} optimiser steps")
+
+    @model_validator(mode="after")
+    def _decay_has_a_schedule(self) -> Self:
+        if self.decay_steps is not None and self.schedule == "constant":
+            raise ValueError("`decay_steps` needs `schedule: linear` or `cosine`: a constant rate does not decay")
+        return self
+
+
+class StageConfig(OptimizerConfig):
+    """What every policy stage has."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9_\-]*$")
+    """Name of the stage; its kind (`sft`, `grpo`) by default."""
+    from_: str | None = Field(None, alias="from")
+    """Stage whose final weights this one starts from (default: the last policy stage, else the model)."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints from which the run can resume."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """How many of the newest checkpoints stay on disk while the stage runs."""
+
+
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on prompt/completion rows or chat messages."""
+
+    data: DataConfig
+    """Rows with `prompt` and `completion`, or `messages`, in TRL's formats."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; exactly one of `epochs` and `steps`."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(32, ge=1)
+    """Sequences of one optimiser step, over all ranks."""
+    max_length: int = Field(1024, ge=2)
+    """Longer rows are cut at this many tokens, and counted."""
+    completion_only: bool = True
+    """Loss on completions (assistant turns) alone, not on prompts."""
+
+    def total_steps(self, rows: int) -> int:
+        """Optimiser steps of the stage on a dataset of `rows` rows."""
+        return self.steps or math.ceil(self.epochs * rows / self.batch_size)
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of `epochs` and `steps`")
+        if self.steps is not None:
+            self.check_schedule(self.steps)
+        return self
+
+
+class GRPOConfig(StageConfig):
+    """Online GRPO (DeepSeek-V2, eq. 32-34)."""
+
+    prompts: DataConfig
+    """Rows with `prompt`; their other columns go to the reward functions."""
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    """Reward functions, summed with their weights."""
+    steps: int = Field(ge=1)
+    """Batches to sample; each gives `updates_per_batch` optimiser steps."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts of one batch."""
+    completions: int = Field(8, ge=2)
+    """Completions per prompt: the group size G."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimiser steps per batch; must divide `prompts_per_step`."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Length limit of a completion."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the trainer's logits are divided by it too."""
+    clip: float = Field(0.2, gt=0, lt=1)
+    """epsilon of the clipped ratio."""
+    clip_high: float | None = Field(None, gt=0)
+    """Upper epsilon when it differs (DAPO's clip-higher)."""
+    kl: float = Field(0.0, ge=0)
+    """beta, coefficient of the k3 KL to the reference; 0 loads no reference model."""
+    reference: str | None = None
+    """Stage whose final weights are the reference (default: this stage's start)."""
+    normalize: Literal["token", "sequence"] = "token"
+    """Loss per token of the whole batch (TRL's dapo) or mean per completion first (TRL's grpo)."""
+    scale_advantages: bool = True
+    """Divide advantages by the group's standard deviation (eq. 34); False subtracts the mean alone."""
+    truncated: Literal["train", "mask", "zero"] = "train"
+    """Completions cut at the length limit: train on them, mask them out of the loss, or reward them 0."""
+    mismatch_limit: float | None = Field(None, gt=0)
+    """Stop when the k3 KL between sampler and trainer exceeds this (default 1e-3 in float32, 0.1 in bfloat16)."""
+    top_p: float = Field(1.0, json_schema_extra={"const": 1.0})
+    """Refused other than 1: no likelihood of a cut distribution can be compared."""
+
+    @field_validator("top_p")
+    @classmethod
+    def _full_distribution(cls, value: float) -> float:
+        if value != 1:
+            raise ValueError("GRPO samples from the full distribution: no likelihood of a cut one can be compared")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.check_schedule(self.steps * self.updates_per_batch)
+        if self.prompts_per_step % self.updates_per_batch:
+            updates, prompts = self.updates_per_batch, self.prompts_per_step
+            raise ValueError(f"`updates_per_batch` ({updates}) does not divide `prompts_per_step` ({prompts})")
+        if self.reference is not None and self.kl == 0:
+            raise ValueError("`reference` has no effect while `kl` is 0")
+        names = [reward.label for reward in self.rewards]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two rewards are called `{twice[0]}`: give each its own `name`")
+        return self
+
+
+class EvalConfig(Config):
+    """Benchmarks, measured before the first and after every policy stage."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-eval task names, or task YAML files (read from the recipe's folder)."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first N items of each task."""
+    chat_template: bool = False
+    """Wrap each item in the tokenizer's chat template."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Replaces the tasks' own `max_gen_toks`."""

@@ -1,0 +1,129 @@
+"""Online GRPO (DeepSeek-V2 section 4.2, eq. 32-34): the step, top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from alignment.batch import grpo_minibatches, rewards_PG
+from alignment.config import GRPOConfig
+from alignment.losses import grpo_loss
+from alignment.protocols import Engine, Policy, TrainRow
+from alignment.schedule import learning_rate
+from rewards.base import Scorer
+from rollout.prompts import Stream
+from rollout.sampler import Sampling
+from rollout.types import Group, Prompt
+
+
+class MismatchError(RuntimeError):
+    """The sampler's log-probabilities and the trainer's are too far apart to train on."""
+
+
+@dataclass(frozen=True, slots=True)
+class GRPOStep:
+    """What a finished step leaves: its metrics and its scored groups. `step` counts from 1."""
+
+    step: int
+    metrics: dict[str, float]
+    groups: list[Group]
+
+
+def grpo(
+    engine: Engine, prompts: Stream[Prompt], config: GRPOConfig, sampling: Sampling, scorer: Scorer, first: int
+) -> Iterator[GRPOStep]:
+    """Run steps first..config.steps (from 1), one a `next()`; a checkpoint between two steps resumes exactly."""
+    batches = ((step, next(prompts)) for step in range(first, config.steps + 1))
+    for step, groups in enumerate(engine.rollouts(batches, sampling, scorer), first):
+        yield GRPOStep(step, grpo_step(engine, groups, config, step), groups)
+
+
+def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int) -> dict[str, float]:
+    """Advantages within each group, then the clipped update(s) on them."""
+    minibatches = grpo_minibatches(groups, config)
+    loss = partial(grpo_loss, clip_low=config.clip, clip_high=config.clip_high or config.clip, kl=config.kl)
+    if config.kl > 0:
+        with engine.phase("reference") as policy:
+            minibatches = [_add_logprobs(policy, rows, config, reference=True) for rows in minibatches]
+    updates = []
+    with engine.phase("train") as policy:
+        if config.updates_per_batch > 1:  # with one update the forward's own log-probabilities are the old ones
+            minibatches = [_add_logprobs(policy, rows, config, reference=False) for rows in minibatches]
+        for i, rows in enumerate(minibatches):
+            if not any(minibatches):
+                break  # no group has signal: a counted step without an update
+            done, total = (n * config.updates_per_batch for n in (step - 1, config.steps))
+            rate = learning_rate(config, done + i, total)
+            update = policy.update(
+                rows, loss, learning_rate=rate, temperature=config.temperature, max_grad_norm=config.max_grad_norm
+            )
+            check_mismatch(update, config, engine.rollout_dtype, step)
+            updates.append(update | {"learning_rate": rate})
+    return rollout_metrics(groups, config) | _merge_updates(updates)
+
+
+def _add_logprobs(policy: Policy, rows: list[TrainRow], config: GRPOConfig, *, reference: bool) -> list[TrainRow]:
+    handles = policy.logprobs(rows, temperature=config.temperature, reference=reference)
+    name = "reference_logprobs" if reference else "old_logprobs"
+    return [dataclasses.replace(row, **{name: handle}) for row, handle in zip(rows, handles, strict=True)]
+
+
+def check_mismatch(metrics: dict[str, float], config: GRPOConfig, dtype: str, step: int) -> None:
+    """Raise MismatchError where the k3 KL between sampler and trainer exceeds the stage's limit."""
+    limit = config.mismatch_limit or {"float32": 1e-3, "bfloat16": 0.1}[dtype]
+    found = metrics.get("mismatch/k3", 0.0)
+    if not found <= limit:
+        raise MismatchError(
+            f"step {step}: the k3 KL between sampler and trainer is {found:.3g}, above mismatch_limit {limit:.3g} "
+            f"(largest |difference of log-probabilities| {metrics['mismatch/max']:.3g}); "
+            "the engine does not compute what the trainer computes"
+        )
+
+
+def rollout_metrics(groups: list[Group], config: GRPOConfig) -> dict[str, float]:
+    """Rewards and lengths of a batch: what was sampled, before any update."""
+    rewards = rewards_PG(groups, config.truncated)
+    lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
+    cut = np.array([[c.finish_reason == "length" for c in group.completions] for group in groups])
+    with np.errstate(invalid="ignore"):
+        signal = np.nanmax(np.where(np.isnan(rewards), -np.inf, rewards), axis=1) > np.nanmin(
+            np.where(np.isnan(rewards), np.inf, rewards), axis=1
+        )
+    metrics = {
+        "reward/mean": _mean(rewards),
+        "reward/std": _mean(rewards.std(axis=1)),
+        "reward/masked": float(np.isnan(rewards).sum()),
+        "groups/without_signal": float((~signal).mean()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/truncated": float(cut.mean()),
+        "tokens/prompt": float(sum(len(group.prompt.token_ids) for group in groups)),
+        "tokens/completion": float(lengths.sum()),
+    }
+    for name in groups[0].scores.parts:
+        part = np.stack([group.scores.parts[name] for group in groups])
+        metrics[f"reward/{name}"] = _mean(part)
+        metrics[f"reward/{name}/std"] = float(np.nanstd(part)) if not np.isnan(part).all() else float("nan")
+    return metrics
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+
+def _merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the updates of a batch; the largest `mismatch/max`; token counts add up."""
+    if not updates:
+        return {"updates": 0.0}
+    merged = {"updates": float(len(updates))}
+    for name in updates[0]:
+        values = [update[name] for update in updates if name in update]
+        if name.startswith("tokens/"):
+            merged[name] = float(sum(values))
+        else:
+            merged[name] = max(values) if name == "mismatch/max" else float(np.mean(values))
+    return merged

@@ -1,0 +1,157 @@
+"""The metrics of every step: a crash-safe file in the run folder, and trackers for those who want them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from alignment.config import TrackerKind
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+
+def plain_number(key: str, value: Any) -> int | float | None:
+    """A JSON number, or None for None, NaN and infinities (JSON has none). Raises ValueError naming `key`."""
+    if value is None:
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    raise ValueError(f"metric {key!r} is {value!r}, a {type(value).__name__}; log a number or None")
+
+
+class MetricsLog:
+    """Appends one JSON object per step to `path`.
+
+    Each line reaches the operating system before `append` returns, so a killed process loses nothing; a line torn
+    by a crash of the machine is cut off when the log is opened again, and `read` ignores it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            data = path.read_bytes()
+            os.truncate(path, data.rfind(b"\n") + 1)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one step. NaN becomes null. Raises ValueError for a value that is no number."""
+        row = {"step": step, **{key: plain_number(key, value) for key, value in metrics.items()}}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget every row past `step`, all or nothing: a run that resumes there writes them again."""
+        kept = [row for row in read(self.path) if row["step"] <= step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file.close()
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every whole row of a .jsonl file, in order; a last line torn by a crash is left out.
+
+    Raises ValueError naming file and line when a whole line is no JSON object.
+    """
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: {error}; the file was edited or damaged") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object; the file was edited or damaged")
+            rows.append(row)
+    return rows
+
+
+def check_trackers(kinds: Sequence[TrackerKind]) -> None:
+    """Raises ValueError when a tracker's library is not installed. Imports nothing."""
+    for kind in kinds:
+        spec = importlib.util.find_spec(kind)
+        if spec is None or spec.origin is None:  # without an origin it is a mere folder of that name
+            raise ValueError(f"trackers: {kind} is not installed; `pip install {kind}`, or take it out of the recipe")
+
+
+class Trackers:
+    """Sends the metrics of one stage to TensorBoard and W&B, through accelerate's trackers.
+
+    TensorBoard: one run per stage in RUN/tensorboard/STAGE. W&B: one run per stage, in the group of the run folder's
+    name; its id is kept in RUN/wandb/STAGE.id. `first_step` is the next step to be logged: TensorBoard drops what an
+    earlier, killed process logged from there on, and W&B keeps the first of two values of a step, which are the same.
+    config: shown beside the curves (the resolved recipe).
+    """
+
+    def __init__(
+        self, kinds: Sequence[TrackerKind], run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int = 1
+    ) -> None:
+        check_trackers(kinds)
+        self._trackers = [_start(kind, run_dir, stage, config, first_step) for kind in dict.fromkeys(kinds)]
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log one step; values that are None or NaN are left out."""
+        numbers = {key: plain_number(key, value) for key, value in metrics.items()}
+        present = {key: value for key, value in numbers.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(present, step=step)
+
+    def close(self) -> None:
+        """Flush and end every tracker. Safe to call twice."""
+        while self._trackers:
+            self._trackers.pop().finish()
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int) -> GeneralTracker:
+    # Imported here: who only reads metrics must not wait for torch.
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    PartialState(cpu=True)  # accelerate's logger, which its trackers use, refuses to work without it
+    folder = run_dir / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "tensorboard":
+        fresh = not (folder / stage).exists()
+        tracker = TensorBoardTracker(stage, folder, purge_step=first_step)
+        tracker.start()
+        if fresh:
+            tracker.log({"recipe": "```\n" + json.dumps(config, indent=2, default=str) + "\n```"}, step=0)
+        return tracker
+    id_file = folder / f"{stage}.id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    name = run_dir.resolve().name
+    tracker = WandBTracker(
+        "align", id=id_file.read_text(encoding="utf-8"), resume="allow", name=f"{name}/{stage}", group=name, dir=run_dir
+    )
+    tracker.start()
+    tracker.store_init_configuration(dict(config))
+    return tracker

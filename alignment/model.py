@@ -1,0 +1,209 @@
+"""Load or initialise a model and its tokenizer, and write them as a Transformers directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
+
+from alignment.config import ModelConfig
+from alignment.presets import preset_config, train_tokenizer
+
+disable_progress_bar()  # its bars for every load and save would tear the stage's own display
+
+
+def model_source(config: ModelConfig, base_dir: Path) -> str | None:
+    """The directory (made absolute) or hub name to load from; None for a model from scratch.
+
+    Raises `ValueError` unless exactly one of `path` and `init` is given, or when a directory does not exist.
+    """
+    if (config.path is None) == (config.init is None):
+        raise ValueError("`model` needs exactly one of `path` and `init`")
+    if config.path is None:
+        return None
+    path = base_dir / Path(config.path).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_file() or config.path.startswith((".", "~", "/")) or config.path.count("/") > 1:
+        raise ValueError(f"model.path: {path} is not a directory")
+    return config.path
+
+
+def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.path`, or one trained on `texts` (`model.init`), always with an end and a pad token.
+
+    Raises `ValueError` naming the path when it cannot be loaded or has no end token.
+    """
+    source = model_source(config, base_dir)
+    if source is None:
+        assert config.init is not None
+        tokenizer = train_tokenizer(config.init, texts)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.path: no tokenizer in {source}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.path: the tokenizer in {source} has no end token (`eos_token`); set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template is not None:
+        template = base_dir / Path(config.chat_template).expanduser()
+        if not template.is_file():
+            raise ValueError(f"model.chat_template: no such file: {template}")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, base_dir: Path) -> PreTrainedConfig:
+    """The Transformers configuration of `model.path` or of the preset.
+
+    Raises `ValueError` for a path without a causal language model, for a tokenizer with more entries than the model,
+    and for `norm_topk_prob` on DeepSeek-V2, which Transformers ignores and vLLM honours.
+    """
+    source = model_source(config, base_dir)
+    if source is None:
+        assert config.init is not None
+        result = preset_config(config.init, tokenizer)
+    else:
+        try:
+            result = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.path: no model in {source}: {error}") from error
+    where = source or "model.init"
+    if result.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"{where}: `{result.model_type}` is not a causal language model that Transformers knows")
+    if result.model_type == "deepseek_v2" and result.norm_topk_prob:
+        raise ValueError(
+            f"{where}: norm_topk_prob=True is ignored by Transformers' DeepSeek-V2 and honoured by vLLM, so that "
+            "trainer and rollouts would disagree; set it to false in config.json if the weights were trained without it"
+        )
+    vocab_size = result.get_text_config().vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} entries, the model only {vocab_size}")
+    return result
+
+
+def build_model(
+    config: PreTrainedConfig,
+    *,
+    path: str | Path | None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model, loaded from `path` or initialised from `seed` (the same seed, the same weights), in `eval` mode.
+
+    attn_implementation: a name that Transformers knows (default: its own choice). The experts run as `grouped_mm`, or
+    as `eager` where torch lacks it: Transformers' choice; its `batched_mm` is 10-100 times slower on a CPU.
+    Raises `ValueError` naming the path when the weights cannot be loaded or some are missing.
+    """
+    if path is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        return model.eval()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: the model cannot be loaded: {error}") from error
+    wrong = sorted(info["missing_keys"]) or sorted(str(entry) for entry in info["mismatched_keys"])
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} weights are missing or of another shape, e.g. {wrong[0]}")
+    return model.eval()
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def parameter_counts(config: PreTrainedConfig) -> tuple[int, int]:
+    """All parameters, and those that one token activates: of the routed experts the chosen, no embedding table."""
+    model = empty_model(config)
+    embedding = model.get_input_embeddings().weight
+    total = active = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if ".experts." in name:  # [E, ...]: Transformers keeps a layer's experts in one tensor
+            active += parameter.numel() // parameter.shape[0] * config.get_text_config().num_experts_per_tok
+        elif parameter is not embedding or config.tie_word_embeddings:
+            active += parameter.numel()
+    return total, active
+
+
+def save_model_dir(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out_dir: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` and `vllm.LLM` load as it is.
+
+    state: full tensors under the names of `model.state_dict()`, where `model` itself is sharded or empty
+    (`empty_model`); default: the model's own. On disk every expert has its own tensors, as in DeepSeek's checkpoints.
+    The directory appears whole or not at all; one that is there is replaced.
+    """
+    if state is not None:
+        expected, given = set(model.state_dict()), set(state)
+        tied = set(model.all_tied_weights_keys)
+        if given - expected or expected - given - tied:
+            raise ValueError(f"{out_dir}: wrong weights to save: {sorted(given ^ expected)[:3]} are extra or missing")
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id not in ends:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with atomic_directory(out_dir) as folder:
+        model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its place, synced to disk, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
+    _remove(temporary)
+    temporary.mkdir()
+    yield temporary
+    for entry in [*temporary.rglob("*"), temporary]:
+        _sync(entry)
+    if path.exists():
+        _remove(old)
+        path.rename(
+            old
+        )  # killed here, `old` is all there is of it: nothing deletes that before the new one is complete
+    temporary.rename(path)
+    _sync(path.parent)
+    _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

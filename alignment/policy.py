@@ -1,0 +1,225 @@
+"""One training rank's share of the policy: log-probabilities and updates of the rows that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from alignment.logprobs import token_logprobs, tree_logits
+from alignment.losses import k3
+from alignment.protocols import Loss, LossInputs
+from alignment.tree import MicroBatch, empty_micro_batch, pack, plant
+from rollout.types import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class RankRow:
+    """A `TrainRow` whose handles are resolved: what it says there, with arrays in their place."""
+
+    trajectory: Trajectory
+    group: int
+    advantage: float
+    weight: float
+    old_logprobs: np.ndarray | None = None
+    reference_logprobs: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """One rank's part of an update's metrics; `merge_stats` makes the step's of them.
+
+    sums: sums over tokens that add up over ranks. tokens: loss-carrying tokens. nodes: tokens computed.
+    mismatch: [tokens] float32, trainer's old log-probability minus the sampler's (empty when nothing was sampled).
+    """
+
+    sums: Mapping[str, float]
+    tokens: int
+    nodes: int
+    mismatch: np.ndarray
+    grad_norm: float = 0.0
+
+
+@dataclass(slots=True)
+class RankPolicy:
+    """The model on this rank. In a process group every rank must make the same calls.
+
+    clip_grad_norm: clips all gradients of the policy to a norm and returns the norm before.
+    last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
+    after_forward: called after a forward pass without a backward pass.
+    """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    tokens_per_rank: int
+    clip_grad_norm: Callable[[float], float]
+    last_micro_batch: Callable[[bool], None]
+    after_forward: Callable[[], None]
+    _sums: dict[str, float] = field(default_factory=dict)
+
+    def update(
+        self,
+        rows: Sequence[RankRow],
+        loss: Loss,
+        *,
+        learning_rate: float,
+        temperature: float,
+        max_grad_norm: float,
+    ) -> UpdateStats:
+        """One optimiser step on the sum of `loss` over the rows of all ranks."""
+        batches = self._micro_batches(rows)
+        self._sums = {"loss": 0.0, "entropy": 0.0}
+        mismatch = []
+        for i, batch in enumerate(batches):
+            self.last_micro_batch(i == len(batches) - 1)
+            mismatch.append(self._backward(rows, batch, loss, temperature))
+        grad_norm = self.clip_grad_norm(max_grad_norm)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return UpdateStats(
+            sums=self._sums,
+            tokens=sum(len(batch.rows) for batch in batches),
+            nodes=sum(len(batch.token_ids) for batch in batches),
+            mismatch=np.concatenate(mismatch),
+            grad_norm=grad_norm,
+        )
+
+    def _backward(self, rows: Sequence[RankRow], batch: MicroBatch, loss: Loss, temperature: float) -> np.ndarray:
+        computed = token_logprobs(self.model, batch, temperature)
+        inputs, sampler_C = self._loss_inputs(rows, batch, computed.logprobs)
+        outputs = loss(inputs)
+        outputs.loss.backward()
+        self._add("loss", outputs.loss)
+        self._add("entropy", computed.entropies.sum())
+        for name, value in outputs.sums.items():
+            self._add(name, value)
+        difference = inputs.old_logprobs.detach().cpu().numpy() - sampler_C
+        return difference[~np.isnan(difference)]
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+
+    def _loss_inputs(
+        self, rows: Sequence[RankRow], batch: MicroBatch, logprobs_C: torch.Tensor
+    ) -> tuple[LossInputs, np.ndarray]:
+        position_C = _position_in_row(batch.rows)
+        by_row = _Columns(rows, batch.rows, position_C, logprobs_C.device)
+        old_C = by_row.tokens([row.old_logprobs for row in rows])
+        inputs = LossInputs(
+            logprobs=logprobs_C,
+            old_logprobs=logprobs_C.detach() if old_C is None else old_C,
+            reference_logprobs=by_row.tokens([row.reference_logprobs for row in rows]),
+            advantages=by_row.scalars([row.advantage for row in rows]),
+            weights=by_row.scalars([row.weight for row in rows]),
+        )
+        sampler_C = by_row.arrays([row.trajectory.logprobs[1:][row.trajectory.loss_mask[1:]] for row in rows])
+        return inputs, sampler_C
+
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[RankRow], *, temperature: float) -> list[np.ndarray]:
+        """Each row's log-probabilities of its loss-carrying tokens, float32 [tokens]."""
+        found: list[np.ndarray] = [np.empty(0, np.float32) for _ in rows]
+        for batch in self._micro_batches(rows):
+            values_C = token_logprobs(self.model, batch, temperature).logprobs.cpu().numpy()
+            for row in np.unique(batch.rows):
+                found[row] = values_C[batch.rows == row]
+        self.after_forward()
+        return found
+
+    @torch.no_grad()
+    def next_token_logprobs(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """log p(next token | prompt) at temperature 1: float32 [prompts, V]."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+        last = np.cumsum(lengths) - 1
+        batch = MicroBatch(
+            token_ids=np.concatenate(prompts).astype(np.int64),
+            positions=np.concatenate([np.arange(n) for n in lengths]),
+            ends=np.repeat(last + 1, lengths),
+            lengths=lengths,
+            sources=last,
+            targets=last,
+            edges=last,
+            rows=last,
+        )
+        logprobs = torch.log_softmax(tree_logits(self.model, batch, last).float(), dim=-1).cpu().numpy()
+        self.after_forward()
+        return logprobs
+
+    def _micro_batches(self, rows: Sequence[RankRow]) -> list[MicroBatch]:
+        """This rank's micro-batches; every rank gets as many as the one with the most, empty ones if need be."""
+        groups: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(row.group, []).append(i)
+        trees = [
+            tree
+            for members in groups.values()
+            for tree in plant([rows[i].trajectory for i in members], members, self.tokens_per_rank)
+        ]
+        batches = pack(trees, self.tokens_per_rank)
+        count = max(1, len(batches))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            most = torch.tensor(count, device=self.model.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            count = int(most)
+        return batches + [empty_micro_batch()] * (count - len(batches))
+
+
+class _Columns:
+    """Spreads per-row values over the tokens of a micro-batch."""
+
+    def __init__(
+        self, rows: Sequence[RankRow], rows_C: np.ndarray, position_C: np.ndarray, device: torch.device
+    ) -> None:
+        self._rows_C, self._position_C, self._device = rows_C, position_C, device
+
+    def scalars(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, np.float32)[self._rows_C]).to(self._device)
+
+    def tokens(self, values: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+        present = [value for value in values if value is not None]
+        if not present:
+            return None
+        assert len(present) == len(values), "some rows have these log-probabilities, others do not"
+        return torch.from_numpy(self.arrays(present)).to(self._device)
+
+    def arrays(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """[C] float32: each token's entry of its row's array [tokens of the row]."""
+        if not values:
+            return np.empty(0, np.float32)
+        lengths = np.array([len(value) for value in values])
+        offsets = np.cumsum(lengths) - lengths
+        return np.concatenate(values).astype(np.float32)[offsets[self._rows_C] + self._position_C]
+
+
+def _position_in_row(rows_C: np.ndarray) -> np.ndarray:
+    """[C] how many tokens of the same row came before; a row's tokens stand side by side."""
+    starts = np.flatnonzero(np.diff(rows_C, prepend=-1))
+    return np.arange(len(rows_C)) - np.repeat(starts, np.diff(np.append(starts, len(rows_C))))
+
+
+def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
+    """The metrics of an update, from every rank's part.
+
+    `loss` and the loss's own sums as they add up; `entropy` (nats, mean over tokens); `grad_norm`; `tokens/loss`,
+    `tokens/computed`; where the rows were sampled, `mismatch/k3` (KL from sampler to trainer, mean over tokens),
+    `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|).
+    """
+    names = {name for rank in ranks for name in rank.sums}
+    metrics = {name: sum(rank.sums[name] for rank in ranks if name in rank.sums) for name in sorted(names)}
+    tokens = sum(rank.tokens for rank in ranks)
+    metrics["entropy"] /= max(1, tokens)
+    metrics["grad_norm"] = ranks[0].grad_norm
+    metrics["tokens/loss"] = tokens
+    metrics["tokens/computed"] = sum(rank.nodes for rank in ranks)
+    difference = np.concatenate([rank.mismatch for rank in ranks])
+    if len(difference):
+        metrics["mismatch/k3"] = float(k3(torch.from_numpy(difference).double()).mean())
+        metrics["mismatch/max"] = float(np.abs(difference).max())
+        metrics["mismatch/p99"] = float(np.percentile(np.abs(difference), 99))
+    return metrics

@@ -1,0 +1,43 @@
+"""Supervised fine-tuning on the same engine, rows and losses' form as every other objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from alignment.config import SFTConfig
+from alignment.losses import sft_loss
+from alignment.protocols import Engine, TrainRow
+from alignment.schedule import learning_rate
+from rollout.prompts import Stream
+from rollout.types import Handle, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class SFTStep:
+    """What a finished step leaves. `step` counts from 1."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+def sft(engine: Engine, rows: Stream[Trajectory], config: SFTConfig, steps: int, first: int) -> Iterator[SFTStep]:
+    """Run steps first..steps (from 1), one a `next()`; a checkpoint between two steps resumes exactly."""
+    for step in range(first, steps + 1):
+        yield SFTStep(step, sft_step(engine, next(rows), config, step, steps))
+
+
+def sft_step(engine: Engine, batch: Sequence[Trajectory], config: SFTConfig, step: int, steps: int) -> dict[str, float]:
+    """One update on the mean negative log-likelihood over the batch's loss-carrying tokens."""
+    rate = learning_rate(config, step - 1, steps)
+    total = sum(int(row.loss_mask[1:].sum()) for row in batch)
+    held = list(batch)
+    rows = [
+        TrainRow(Handle(held, i), i, len(row.token_ids), int(row.loss_mask[1:].sum()), 1.0, 1 / max(1, total))
+        for i, row in enumerate(batch)
+    ]
+    with engine.phase("train") as policy:
+        metrics = policy.update(
+            rows, sft_loss, learning_rate=rate, temperature=1.0, max_grad_norm=config.max_grad_norm
+        )
+    return metrics | {"learning_rate": rate, "tokens/total": float(sum(row.length for row in rows))}

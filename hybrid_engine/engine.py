@@ -1,0 +1,270 @@
+"""The hybrid engine: one policy that is trained in one layout and sampled in another.
+
+    driver ──rows──> training ranks (FSDP2)          one process each
+       ^                  │ weights: one buffer in the object store, digests, canary
+       │                  v
+       └──groups── rollout replicas (vLLM)           one process each
+
+Training and rollout take turns on the same device, so each may use all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from transformers import AutoConfig
+
+from alignment.batch import split_over_ranks
+from alignment.config import OptimizerConfig, TrainConfig
+from alignment.policy import merge_stats
+from alignment.protocols import Loss, Phase, TrainRow
+from hybrid_engine.health import WorkerError, describe, wait_all
+from hybrid_engine.rollout_worker import Finished, RolloutWorker
+from hybrid_engine.sampler import ReplicaSampler
+from hybrid_engine.train_worker import HandOver, TrainWorker
+from rewards.base import Scorer
+from rollout.config import RolloutConfig
+from rollout.sampler import Sampling
+from rollout.types import Group, Handle, Prompt, Scores
+from rollout.vllm.environment import environment
+from rollout.weights import canary_error
+
+CANARY_LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
+"""Largest |log p_engine - log p_trainer| of a canary token, in nats, that passes."""
+
+
+class CanaryError(RuntimeError):
+    """After a hand-over the engine does not compute what the trainer computes."""
+
+
+class HybridEngine:
+    """Implements `alignment.protocols.Engine` and `Policy`. Start it once a run; `load` begins each stage."""
+
+    def __init__(
+        self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, *, seed: int, ray_address: str | None = None
+    ) -> None:
+        self._train_config, self._rollout_config = train, rollout
+        self._metrics: dict[str, float] = {}
+        self._version = 0
+        self._handed_over = -1
+        start_ray(ray_address)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._ranks = {
+            f"training rank {rank}": _actor(TrainWorker, _threads(train.shard), {}).remote(
+                rank, train.shard, train, device
+            )
+            for rank in range(train.shard)
+        }
+        self._replicas = {
+            f"rollout engine {replica}": _actor(
+                RolloutWorker, _threads(rollout.replicas), environment(rollout)
+            ).remote(model_dir, rollout, seed)
+            for replica in range(rollout.replicas)
+        }
+        first = next(iter(self._ranks.values()))
+        address = wait_all({"training rank 0": first.address.remote()})[0]
+        wait_all({name: rank.join.remote(address) for name, rank in self._ranks.items()})
+        lengths = wait_all({name: replica.max_length.remote() for name, replica in self._replicas.items()})
+        self._sampler = ReplicaSampler(tuple(self._replicas.values()), lengths[0])
+        self._canary = _canary_prompts(model_dir, lengths[0])
+
+    # -- a stage -----------------------------------------------------------------------------------------------
+
+    def load(
+        self, model_dir: Path, tokenizer_dir: Path, optimizer: OptimizerConfig, reference_dir: Path | None = None
+    ) -> None:
+        """Begin a stage from the weights in `model_dir`, with a new optimiser."""
+        dtype = self._rollout_config.dtype
+        self._call_ranks(lambda rank: rank.load.remote(model_dir, tokenizer_dir, optimizer, dtype, reference_dir))
+        self._version += 1
+
+    def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
+        """Write what a resumed stage needs, `extra` included, atomically."""
+        with self._timed("checkpoint"):
+            self._call_ranks(lambda rank: rank.save_checkpoint.remote(path, extra))
+
+    def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Restore a checkpoint of the loaded stage; its `extra`."""
+        extra = self._call_ranks(lambda rank: rank.load_checkpoint.remote(path))[0]
+        self._version += 1
+        return extra
+
+    def save_final(self, path: Path) -> None:
+        """Write the policy as a Transformers directory."""
+        self._call_ranks(lambda rank: rank.save_final.remote(path))
+
+    # -- what a step asks for ----------------------------------------------------------------------------------
+
+    @property
+    def rollout_dtype(self) -> str:
+        """Precision of the rollout engines."""
+        return self._rollout_config.dtype
+
+    @property
+    def sampler(self) -> ReplicaSampler:
+        """The live engines with the newest weights."""
+        self._hand_over()
+        return self._sampler
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[HybridEngine]:
+        """Time a phase. Everything stays resident: on one host the parts fit side by side."""
+        with self._timed(name):
+            yield self
+
+    def rollouts(
+        self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: Scorer
+    ) -> Iterator[list[Group]]:
+        """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order."""
+        for step, prompts in batches:
+            self._hand_over()
+            with self.phase("generate"):
+                pending = list(self._sample(step, prompts, sampling, scorer))
+            with self.phase("score"):
+                scored = [pair for groups, future in pending for pair in zip(groups, future.result(), strict=True)]
+            yield _in_order(scored, len(prompts))
+
+    def _sample(
+        self, step: int, prompts: Sequence[Prompt], sampling: Sampling, scorer: Scorer
+    ) -> Iterator[tuple[list[tuple[int, Group]], Future[list[Scores]]]]:
+        """Groups (with their place in the batch) as they are complete, each with its scores to come."""
+        count = len(self._replicas)
+        streams = {
+            actor.sample.options(num_returns="streaming").remote(
+                prompts[r::count], range(r, len(prompts), count), sampling, step
+            ): r
+            for r, actor in enumerate(self._replicas.values())
+        }
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1)
+            stream = ready[0]
+            r = streams[stream]
+            try:
+                finished: list[Finished] = ray.get(next(stream))
+            except StopIteration:
+                del streams[stream]
+                continue
+            except ray.exceptions.RayError as error:
+                raise WorkerError(f"rollout engine {r}: {describe(error)}") from error
+            groups = [(item.place, Group(prompts[item.place], item.completions)) for item in finished]
+            yield groups, scorer.submit([group for _, group in groups], {"global_step": step})
+
+    def update(
+        self, rows: Sequence[TrainRow], loss: Loss, *, learning_rate: float, temperature: float, max_grad_norm: float
+    ) -> dict[str, float]:
+        """One optimiser step on the summed loss of `rows`."""
+        parts = split_over_ranks(rows, len(self._ranks))
+        stats = wait_all(
+            {
+                name: rank.update.remote([rows[i] for i in part], loss, learning_rate, temperature, max_grad_norm)
+                for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
+            }
+        )
+        self._version += 1
+        return merge_stats(stats)
+
+    def logprobs(self, rows: Sequence[TrainRow], *, temperature: float, reference: bool = False) -> list[Handle]:
+        """Handles to the log-probabilities of each row's loss-carrying tokens."""
+        parts = split_over_ranks(rows, len(self._ranks))
+        results = wait_all(
+            {
+                name: rank.logprobs.remote([rows[i] for i in part], temperature, reference)
+                for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
+            }
+        )
+        placed: dict[int, Handle] = {}
+        for part, handles in zip(parts, results, strict=True):
+            placed |= zip(part, handles, strict=True)
+        return [placed[i] for i in range(len(rows))]
+
+    def take_metrics(self) -> dict[str, float]:
+        """`time/*` seconds and `handover/*` since the last call."""
+        taken, self._metrics = self._metrics, {}
+        return taken
+
+    def close(self) -> None:
+        """Kill every actor, and Ray where this process started it. Safe to call twice."""
+        if ray.is_initialized():
+            for actor in (*self._ranks.values(), *self._replicas.values()):
+                ray.kill(actor)
+            ray.shutdown()
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def _hand_over(self) -> None:
+        """Bring the newest weights into every replica, verified, if they are not there yet."""
+        if self._handed_over == self._version:
+            return
+        with self._timed("handover"):
+            sent: HandOver = self._call_ranks(lambda rank: rank.hand_over.remote(self._version, self._canary))[0]
+            answers = wait_all(
+                {
+                    name: replica.receive.remote(sent.manifest, sent.buffer, self._canary)
+                    for name, replica in self._replicas.items()
+                }
+            )
+        limit = CANARY_LIMIT[self._rollout_config.dtype]
+        for name, answer in zip(self._replicas, answers, strict=True):
+            error = canary_error(answer, sent.canary)
+            self._metrics["handover/canary"] = max(error, self._metrics.get("handover/canary", 0.0))
+            if not error <= limit:
+                raise CanaryError(
+                    f"canary: after hand-over {self._version} {name} differs from the trainer by {error:.3g} nats "
+                    f"(limit {limit:g}): it does not hold, or does not use, the weights that were sent"
+                )
+        self._metrics["handover/bytes"] = float(sent.manifest.nbytes)
+        self._handed_over = self._version
+
+    def _call_ranks(self, call: Any) -> list[Any]:
+        return wait_all({name: call(rank) for name, rank in self._ranks.items()})
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        key = f"time/{name}"
+        self._metrics[key] = self._metrics.get(key, 0.0) + time.perf_counter() - start
+
+
+def _in_order(scored: Iterable[tuple[tuple[int, Group], Scores]], count: int) -> list[Group]:
+    placed = {place: replace(group, scores=scores) for (place, group), scores in scored}
+    return [placed[place] for place in range(count)]
+
+
+def start_ray(address: str | None) -> None:
+    """Join the cluster at `address`, or start a small local one."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is not None:
+        ray.init(address=address, log_to_driver=False)
+    else:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+
+
+def _threads(processes: int) -> int:
+    """Threads of each of several processes that run at the same time."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def _actor(cls: type, threads: int, variables: dict[str, str]) -> Any:
+    """The actor class with its environment: thread counts must be there before torch is imported."""
+    environment_variables = {"OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"} | variables
+    gpus = 0.5 if torch.cuda.is_available() else 0
+    return ray.remote(cls).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_variables})
+
+
+def _canary_prompts(model_dir: Path, max_length: int) -> list[np.ndarray]:
+    """Two fixed random prompts [T] int32, longer than a block of the prefix cache: stale prefixes then show, too."""
+    vocabulary = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+    return list(np.random.default_rng(0).integers(0, vocabulary, (2, min(40, max_length - 1))).astype(np.int32))

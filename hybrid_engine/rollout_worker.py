@@ -1,0 +1,92 @@
+"""One rollout replica: an actor that holds a vLLM engine in its own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from rollout.config import RolloutConfig
+from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
+from rollout.types import Completion, Handle, Prompt
+from rollout.weights import WeightManifest
+
+CANARY_TOP = 20
+"""Tokens per canary prompt whose log-probabilities are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The completions of one prompt, all of them; `place` is the prompt's in the batch."""
+
+    place: int
+    completions: tuple[Completion, ...]
+
+
+class RolloutWorker:
+    """Calls run one after the other; weights must have arrived before the first sample."""
+
+    def __init__(self, model_dir: Path, config: RolloutConfig, seed: int) -> None:
+        # The import takes seconds and reads environment variables that the actor starts with.
+        from rollout.vllm.engine import VllmEngine
+
+        self._engine = VllmEngine(model_dir, config, seed=seed, dummy=True)
+
+    def max_length(self) -> int:
+        """Most tokens of a sequence, prompt and completion together."""
+        return self._engine.max_length
+
+    def receive(
+        self, manifest: WeightManifest, buffer: np.ndarray, canary: Sequence[np.ndarray]
+    ) -> list[dict[int, float]]:
+        """Take the weights in, verified; then each canary prompt's most likely next tokens and their
+        log-probabilities, as the engine now computes them."""
+        self._engine.update_weights(manifest, buffer)
+        return self._engine.canary(canary, CANARY_TOP)
+
+    def sample(
+        self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling, step: int
+    ) -> Iterator[list[Finished]]:
+        """Sample the prompts, which stand at `places` of the batch; yield groups, several at a time, once complete."""
+        requests = group_requests(prompts, places, sampling, step)
+        waiting: dict[int, list[Sample]] = {slot: [] for slot in range(len(prompts))}
+        complete: list[tuple[int, list[Sample]]] = []
+        at_least = max(1, len(prompts) // 8)  # a message costs about as much as a step of the engine
+        for samples in self._engine.generate(requests):
+            for sample in samples:
+                slot = sample.index // sampling.completions
+                waiting[slot].append(sample)
+                if len(waiting[slot]) == sampling.completions:
+                    complete.append((places[slot], waiting.pop(slot)))
+            if len(complete) >= at_least:
+                yield _publish(complete)
+                complete = []
+        if complete:
+            yield _publish(complete)
+
+    def generate(self, requests: Sequence[Request]) -> list[Sample]:
+        """Sample single requests (evals)."""
+        return [sample for samples in self._engine.generate(requests) for sample in samples]
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
+        """Log-probabilities of given sequences (evals)."""
+        return self._engine.score(sequences)
+
+
+def _publish(groups: list[tuple[int, list[Sample]]]) -> list[Finished]:
+    """Trajectories go to the object store, once for all these groups; what is left is small."""
+    ordered = [(place, sorted(samples, key=lambda sample: sample.index)) for place, samples in groups]
+    ref = ray.put([sample.trajectory for _, samples in ordered for sample in samples])
+    finished, index = [], 0
+    for place, samples in ordered:
+        completions = []
+        for sample in samples:
+            trajectory = sample.trajectory
+            spoken = trajectory.token_ids[trajectory.loss_mask]
+            completions.append(Completion(sample.text, spoken, trajectory.finish_reason, Handle(ref, index)))
+            index += 1
+        finished.append(Finished(place, tuple(completions)))
+    return finished

@@ -1,0 +1,182 @@
+"""One training rank: an actor that holds its share of the policy, of the optimiser and of the reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoTokenizer
+
+from alignment.attention import TREE_ATTENTION
+from alignment.config import OptimizerConfig, TrainConfig
+from alignment.model import build_model
+from alignment.policy import RankPolicy, RankRow, UpdateStats
+from alignment.protocols import Loss, TrainRow
+from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
+from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, reshard, shard_model
+from hybrid_engine.weight_sync import WeightPacker
+from rollout.types import Handle
+from rollout.weights import WeightManifest
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """What rank 0 sends to the rollout engines: the manifest, a reference to the buffer (uint8), and the trainer's own
+    next-token log-probabilities of the canary prompts, float32 [prompts, V]."""
+
+    manifest: WeightManifest
+    buffer: ray.ObjectRef
+    canary: np.ndarray
+
+
+class TrainWorker:
+    """In a world of several ranks every rank gets the same calls in the same order."""
+
+    def __init__(self, rank: int, world: int, config: TrainConfig, device: str) -> None:
+        self._rank, self._world, self._config = rank, world, config
+        self._device = torch.device(device)
+        self._policy: RankPolicy | None = None
+        self._reference: RankPolicy | None = None
+        self._packer: WeightPacker | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Host and a free port of this rank, where the ranks can meet."""
+        from ray.util import get_node_ip_address
+        from torch.distributed.elastic.utils.distributed import get_free_port
+
+        return get_node_ip_address(), get_free_port()
+
+    def join(self, address: tuple[str, int]) -> None:
+        """Form the process group."""
+        os.environ |= {
+            "MASTER_ADDR": address[0],
+            "MASTER_PORT": str(address[1]),
+            "RANK": str(self._rank),
+            "WORLD_SIZE": str(self._world),
+        }
+        dist.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
+        self._mesh = init_device_mesh(self._device.type, (self._world,))
+
+    def load(
+        self,
+        model_dir: Path,
+        tokenizer_dir: Path,
+        optimizer: OptimizerConfig,
+        rollout_dtype: Literal["float32", "bfloat16"],
+        reference_dir: Path | None,
+    ) -> None:
+        """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one."""
+        self._packer = self._reference = self._policy = None
+        self._policy = self._build(model_dir, optimizer)
+        if reference_dir is not None:
+            self._reference = self._build(reference_dir, optimizer)
+            self._reference.model.requires_grad_(False)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        self._packer = WeightPacker(self._policy.model, rollout_dtype)
+
+    def _build(self, model_dir: Path, config: OptimizerConfig) -> RankPolicy:
+        model = build_model(
+            AutoConfig.from_pretrained(model_dir), path=model_dir, attn_implementation=TREE_ATTENTION
+        ).to(self._device)
+        shard_model(
+            model,
+            self._mesh,
+            dtype=torch.bfloat16 if self._config.dtype == "bfloat16" else torch.float32,
+            activation_checkpointing=self._config.activation_checkpointing,
+        )
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        return RankPolicy(
+            model=model,
+            optimizer=optimizer,
+            tokens_per_rank=self._config.tokens_per_rank,
+            clip_grad_norm=partial(_clip, model),
+            last_micro_batch=partial(last_micro_batch, model),
+            after_forward=partial(reshard, model),
+        )
+
+    @property
+    def _loaded(self) -> RankPolicy:
+        assert self._policy is not None, "load() comes first"
+        return self._policy
+
+    def update(
+        self, rows: Sequence[TrainRow], loss: Loss, learning_rate: float, temperature: float, max_grad_norm: float
+    ) -> UpdateStats:
+        """One optimiser step on the rows of all ranks; `rows` are this rank's."""
+        return self._loaded.update(
+            resolve(rows),
+            loss,
+            learning_rate=learning_rate,
+            temperature=temperature,
+            max_grad_norm=max_grad_norm,
+        )
+
+    def logprobs(self, rows: Sequence[TrainRow], temperature: float, reference: bool) -> list[Handle]:
+        """A handle to each row's log-probabilities, float32 [tokens]."""
+        policy = self._reference if reference else self._loaded
+        assert policy is not None, "the stage was loaded without a reference"
+        values = policy.logprobs(resolve(rows), temperature=temperature)
+        ref = ray.put(values)
+        return [Handle(ref, i) for i in range(len(values))]
+
+    def hand_over(self, version: int, canary: Sequence[np.ndarray]) -> HandOver | None:
+        """Gather and pack the weights; rank 0 returns them, with its log-probabilities after the canary prompts."""
+        assert self._packer is not None, "load() comes first"
+        expected = self._loaded.next_token_logprobs(canary)
+        packed = self._packer.pack(version)
+        if packed is None:
+            return None
+        manifest, buffer = packed
+        return HandOver(manifest, ray.put(buffer), expected)
+
+    def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
+        """Write all that a resumed stage needs; `extra` is the driver's."""
+        save_checkpoint(path, self._loaded.model, self._loaded.optimizer, extra)
+
+    def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Restore a checkpoint of this stage; the driver's `extra`."""
+        return load_checkpoint(path, self._loaded.model, self._loaded.optimizer)
+
+    def save_final(self, path: Path) -> None:
+        """Write the weights as a Transformers directory."""
+        save_final(path, self._loaded.model, self._tokenizer)
+
+
+def _clip(model: torch.nn.Module, max_norm: float) -> float:
+    return clip_grad_norm(model.parameters(), max_norm)
+
+
+def resolve(rows: Sequence[TrainRow]) -> list[RankRow]:
+    """Fetch what lies behind the rows' handles, every reference once."""
+    handles = [h for row in rows for h in (row.trajectory, row.old_logprobs, row.reference_logprobs) if h is not None]
+    refs = list({id(h.ref): h.ref for h in handles if isinstance(h.ref, ray.ObjectRef)}.values())
+    found = dict(zip(refs, ray.get(refs), strict=True))
+
+    def fetch(handle: Handle | None) -> Any:
+        if handle is None:
+            return None
+        held = found[handle.ref] if isinstance(handle.ref, ray.ObjectRef) else handle.ref
+        return held[handle.index]
+
+    return [
+        RankRow(
+            trajectory=fetch(row.trajectory),
+            group=row.group,
+            advantage=row.advantage,
+            weight=row.weight,
+            old_logprobs=fetch(row.old_logprobs),
+            reference_logprobs=fetch(row.reference_logprobs),
+        )
+        for row in rows
+    ]

@@ -1,0 +1,1 @@
+"""Recipes: validate, build, run the stages in order, resume, report."""

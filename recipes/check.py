@@ -1,0 +1,231 @@
+"""`align check`: everything that can be known of a run before a model is loaded.
+
+First what concerns the recipe itself and its local files: no torch, no Ray, no vLLM, an answer at once. Then what needs
+libraries: the tokenizer, data functions, rewards, eval tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from alignment.config import GRPOConfig, SFTConfig
+from recipes.data import StageData, stage_data
+from recipes.errors import Problem, RecipeError, shorten
+from recipes.plan import plan
+from recipes.schema import LoadedRecipe, Recipe
+from recipes.source import Key
+from recipes.versions import check_versions
+from rollout.data import row_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = list[dict[str, Any]]
+SMALL_FILE = 64 * 2**20
+"""Bytes of a file up to which its rows are read at once; larger ones wait for the second part."""
+CHANGED = 0.2
+"""Share of an eval's items that are assumed to be right before and wrong after a stage, or the other way round."""
+
+
+ASSUMPTION = f"smallest drop: the paired 95% interval leaves out zero when {CHANGED:.0%} of the items change sides"
+
+
+def check(loaded: LoadedRecipe) -> Iterator[RenderableType]:
+    """Check a recipe part by part and yield what a person should see of each.
+
+    Raises RecipeError with every problem of the first part that has any.
+    """
+    rows = check_files(loaded)
+    yield from plan(loaded.recipe, rows)
+    check_versions()
+    yield from check_libraries(loaded, rows)
+
+
+def check_files(loaded: LoadedRecipe) -> dict[Key, Rows]:
+    """See that local files exist and hold the right columns; the rows of those that could be read at once.
+
+    Raises RecipeError. Imports neither torch nor Ray nor vLLM.
+    """
+    recipe, problems, found = loaded.recipe, _Problems(loaded), {}
+    _check_paths(recipe, problems)
+    for data in stage_data(recipe):
+        file = data.file(recipe)
+        deferred = file is None or (file.is_file() and file.stat().st_size > SMALL_FILE)
+        if not deferred and (recipe.data_folder or recipe.folder).is_dir():
+            with problems.at(data.source_key):
+                found[data.key] = data.load(recipe)
+    _check_schedules(recipe, found, problems)
+    problems.stop()
+    return found
+
+
+def check_libraries(loaded: LoadedRecipe, rows: Mapping[Key, Rows]) -> Iterator[RenderableType]:
+    """Check the data, tokenizer, rewards and eval tasks with the libraries that read them; no model is loaded.
+
+    rows: what `check_files` has read. Raises RecipeError.
+    """
+    recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
+    datasets = stage_data(recipe)
+    for data in datasets:
+        if data.key not in found:
+            with problems.at(data.source_key):
+                found[data.key] = data.load(recipe)
+    _check_schedules(recipe, {key: value for key, value in found.items() if key not in rows}, problems)
+    _check_rewards(recipe, found, problems)
+    problems.stop()
+    with problems.at(("model",)):
+        tokenizer = _tokenizer(recipe, found, problems)
+    problems.stop()
+    tables = [_check_lengths(recipe, found, tokenizer, problems)]
+    if recipe.evals.tasks:
+        with problems.at(("evals",)):
+            tables.append(_check_evals(recipe, tokenizer))
+    problems.stop()
+    yield from tables
+
+
+class _Problems:
+    """Collects ValueErrors as problems of a key: `with problems.at(key): ...`."""
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self.source = loaded.source
+        self.found: list[Problem] = []
+
+    def add(self, key: Key, message: str) -> None:
+        self.found.append(self.source.problem(key, message))
+
+    @contextmanager
+    def at(self, key: Key) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self.add(key, shorten(str(error)))
+
+    def stop(self) -> None:
+        """Raise RecipeError when there are problems."""
+        if self.found:
+            raise RecipeError(self.found)
+
+
+def _check_paths(recipe: Recipe, problems: _Problems) -> None:
+    """Every file and folder that the recipe names and that must be local is there."""
+    model, folder = recipe.model, recipe.folder
+    if recipe.data_folder is not None and not recipe.data_folder.is_dir():
+        problems.add(("data_dir",), f"no such folder: {recipe.data_folder}")
+    if model.path is not None and _means_a_path(model.path) and not (folder / Path(model.path).expanduser()).is_dir():
+        problems.add(("model", "path"), f"no such directory: {folder / model.path}")
+    if model.chat_template is not None:
+        _need_file(("model", "chat_template"), folder, model.chat_template, problems)
+    for index, task in enumerate(recipe.evals.tasks):
+        if task.endswith((".yaml", ".yml")):
+            _need_file(("evals", "tasks", index), folder, task, problems)
+    for data in stage_data(recipe):
+        functions = [(data.source_key, data.config.function or "")]
+        if isinstance(data.stage, GRPOConfig):
+            rewards = enumerate(data.stage.rewards)
+            functions += [((*data.key[:-1], "rewards", i, "function"), reward.function) for i, reward in rewards]
+        for key, function in functions:
+            file = function.rpartition(":")[0]
+            if file.endswith(".py"):
+                _need_file(key, folder, file, problems)
+
+
+def _need_file(key: Key, folder: Path, name: str, problems: _Problems) -> None:
+    path = folder / Path(name).expanduser()
+    if not path.is_file():
+        problems.add(key, f"no such file: {path}")
+
+
+def _means_a_path(name: str) -> bool:
+    """Whether `name` cannot be a hub's `owner/name`."""
+    return name.startswith((".", "~", "/")) or name.count("/") > 1
+
+
+def _check_schedules(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) -> None:
+    for data in stage_data(recipe):
+        if isinstance(data.stage, SFTConfig) and data.key in rows:
+            with problems.at(data.key[:-1]):
+                data.stage.check_schedule(data.stage.total_steps(len(rows[data.key])))
+
+
+def _check_rewards(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) -> None:
+    from rewards.loader import check_reward
+
+    for data in stage_data(recipe):
+        if isinstance(data.stage, GRPOConfig) and data.key in rows:
+            for index, reward in enumerate(data.stage.rewards):
+                with problems.at((*data.key[:-1], "rewards", index)):
+                    check_reward(reward, recipe.folder, set(rows[data.key][0]))
+
+
+def _tokenizer(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer; the model's own context must hold the recipe's lengths."""
+    from alignment.model import load_tokenizer, model_config
+
+    texts = row_texts(chain.from_iterable(rows[data.key] for data in stage_data(recipe)))
+    tokenizer = load_tokenizer(recipe.model, recipe.folder, texts)
+    context = model_config(recipe.model, tokenizer, recipe.folder).get_text_config().max_position_embeddings
+    if recipe.rollout.max_length > context:
+        problems.add(("rollout", "max_length"), f"{recipe.rollout.max_length} tokens, the model's context is {context}")
+    for data in stage_data(recipe):
+        if isinstance(data.stage, SFTConfig) and data.stage.max_length > context:
+            message = f"{data.stage.max_length} tokens, the model's context is {context}"
+            problems.add((*data.key[:-1], "max_length"), message)
+    return tokenizer
+
+
+def _check_lengths(
+    recipe: Recipe, rows: Mapping[Key, Rows], tokenizer: PreTrainedTokenizerBase, problems: _Problems
+) -> Table:
+    table = Table(
+        "stage", "rows", "tokens on average", "longest", "limit", title=f"Data, with {len(tokenizer):,} token ids"
+    )
+    for stage, data in zip(recipe.stages, stage_data(recipe), strict=True):
+        with problems.at(data.source_key):
+            lengths, limit = _lengths(recipe, data, rows[data.key], tokenizer)
+            mean = sum(lengths) / len(lengths)
+            table.add_row(stage.name, f"{len(lengths):,}", f"{mean:,.1f}", f"{max(lengths):,}", limit)
+    return table
+
+
+def _lengths(recipe: Recipe, data: StageData, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """Tokens of each row, and what is done about long ones. Raises ValueError for a prompt too long to answer."""
+    from alignment.sft_data import make_sft_rows
+    from rollout.prompts import check_lengths, make_prompts
+
+    if isinstance(data.stage, GRPOConfig):
+        prompts = make_prompts(rows, tokenizer, data.source)
+        check_lengths(prompts, recipe.rollout.max_length, data.stage.max_new_tokens, data.source)
+        room = recipe.rollout.max_length - data.stage.max_new_tokens
+        return [len(prompt.token_ids) for prompt in prompts], f"{room:,} for a prompt"
+    trajectories, counts = make_sft_rows(rows, tokenizer, data.stage, data.source)
+    note = f"{data.stage.max_length:,}: {counts['cut']:,} rows cut, {counts['dropped']:,} left out"
+    return [len(row.token_ids) for row in trajectories], note
+
+
+def _check_evals(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Table:
+    from alignment.evals import check_tasks
+
+    table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
+    for task in check_tasks(recipe.evals, recipe.folder, recipe.rollout.max_length, tokenizer, recipe.data_folder):
+        drop = f"{100 * smallest_drop(task.n):.1f} points"
+        table.add_row(task.name, f"{task.n:,}", f"{task.longest_prompt:,} + {task.max_new_tokens:,} new", drop)
+    return table
+
+
+def smallest_drop(items: int, changed: float = CHANGED) -> float:
+    """The smallest drop in accuracy (0 to 1) whose paired 95% interval leaves out zero.
+
+    Of n items, a share c changes between right and wrong; the difference of two paired accuracies d then has the
+    variance (c - d^2) / n (McNemar), and d / 1.96 = sqrt((c - d^2) / n) gives d = 1.96 sqrt(c / (n + 1.96^2)).
+    """
+    z = 1.96
+    return min(changed, z * math.sqrt(changed / (items + z * z)))

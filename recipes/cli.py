@@ -1,0 +1,153 @@
+"""The command `align`: run and check recipes, write reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from recipes.errors import RecipeError, shorten
+from recipes.schema import LoadedRecipe, json_schema, load_recipe
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+LOG = "align.log"
+"""File of the run folder that gets the traceback of a failed run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0: done. 1: the run failed. 2: the recipe or the command line is wrong. 130: interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return COMMANDS[args.command](args)
+    except RecipeError as error:
+        print(f"align: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        again = "; the same command continues the run" if args.command == "run" else ""
+        print(f"align: interrupted{again}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    loaded = load_recipe(args.recipe, args.overrides)
+    output = args.output or Path("runs") / loaded.recipe.name
+    try:
+        _print_check(loaded)
+        from recipes.stages import run
+
+        print(run(loaded.recipe, output, accept_changes=args.accept_changes, ray_address=args.ray))
+    except RecipeError:
+        raise
+    except Exception as error:
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / LOG).open("a", encoding="utf-8") as log:
+            traceback.print_exception(error, file=log)
+        print(f"align: {describe(error)}\nThe traceback is in {output / LOG}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _check(args: argparse.Namespace) -> int:
+    _print_check(load_recipe(args.recipe, args.overrides))
+    return DONE
+
+
+def _print_check(loaded: LoadedRecipe) -> None:
+    from rich.console import Console
+
+    from recipes.check import check
+
+    console = Console()
+    for section in check(loaded):
+        console.print(section)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from recipes.report import write_report
+
+    try:
+        print(write_report(args.folder))
+    except ValueError as error:
+        raise RecipeError([str(error)]) from error
+    return DONE
+
+
+def _schema(args: argparse.Namespace) -> int:
+    print(json.dumps(json_schema(), indent=2))
+    return DONE
+
+
+COMMANDS = {"run": _run, "check": _check, "report": _report, "schema": _schema}
+
+
+def describe(error: BaseException) -> str:
+    """The error that came first, and what it led to: at most a screen.
+
+    `raise X from Y` is a translation: X says what happened. An X that came up while Y was being handled is a symptom of
+    Y, which is named first.
+    """
+    chain = [error]
+    while error.__cause__ is None and not error.__suppress_context__ and error.__context__ is not None:
+        error = error.__context__
+        chain.append(error)
+    first, *later = [shorten(f"{type(e).__name__}: {e}", lines=15) for e in reversed(chain)]
+    return "\n".join([first, *(f"  and then {shorten(text, lines=1)}" for text in later[-3:])])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align",
+        description="Align a Mixture-of-Experts language model: SFT and online GRPO, with evals between the stages.",
+        epilog="Exit codes: 0 done; 1 the run failed; 2 the recipe or the command line is wrong; 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"align {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe, or go on where its run stopped")
+    _add_recipe(run)
+    run.add_argument(
+        "--output", type=Path, metavar="DIR", help="run folder (default: runs/NAME below the current folder)"
+    )
+    run.add_argument("--accept-changes", action="store_true", help="go on although the recipe differs from the run's")
+    run.add_argument("--ray", metavar="ADDRESS", help="Ray cluster to run on (default: a local one)")
+
+    check = commands.add_parser("check", help="everything that can be known before a model is loaded")
+    _add_recipe(check)
+
+    report = commands.add_parser("report", help="write a run's report.html again")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the run folder")
+
+    commands.add_parser("schema", help="print the JSON Schema of a recipe, for editors")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe's YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace keys of the recipe; values are YAML: rollout.max_length=256 stages.1.grpo.steps=20 "
+        "stages.NAME.learning_rate=1e-6",
+    )
+
+
+def _version() -> str:
+    try:
+        return version("align-moe")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

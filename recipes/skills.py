@@ -1,0 +1,106 @@
+"""The demo's data: three small skills, their training rows, and held-out rows that no training row can equal.
+
+A problem is held out when the hash of its prompt says so, whatever drew it: the two sides share no problem, and the
+same call gives the same rows in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+HELD_OUT_ONE_IN = 10
+DIGITS = "0123456789"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PATIENCE = 1_000
+"""So many repeated problems in a row, and a skill counts as used up."""
+
+
+def addition(rng: random.Random) -> tuple[str, str]:
+    """`add 47 85 =` -> `132`; eight operands in ten have two digits, one has one, one has three."""
+    a, b = (
+        rng.randrange(10 ** (width - 1) if width > 1 else 0, 10**width)
+        for width in rng.choices((1, 2, 3), (1, 8, 1), k=2)
+    )
+    return f"add {a} {b} =", str(a + b)
+
+
+def sorting(rng: random.Random) -> tuple[str, str]:
+    """`sort 70524 =` -> `02457`; four to six digits."""
+    digits = rng.choices(DIGITS, k=rng.randint(4, 6))
+    return f"sort {''.join(digits)} =", "".join(sorted(digits))
+
+
+def reversing(rng: random.Random) -> tuple[str, str]:
+    """`reverse k a x f =` -> `f x a k`; three to five letters, spaced so that each stays a token of its own."""
+    letters = rng.choices(LETTERS, k=rng.randint(3, 5))
+    return f"reverse {' '.join(letters)} =", " ".join(reversed(letters))
+
+
+SKILLS = {"addition": addition, "sorting": sorting, "reversing": reversing}
+
+
+def sft_rows(addition: int, sorting: int, reversing: int, seed: int = 0) -> list[dict[str, str]]:
+    """Distinct training rows of each skill, mixed: `prompt`, `completion` (a space, then the answer) and `answer`."""
+    counts = {"addition": addition, "sorting": sorting, "reversing": reversing}
+    rows = [row for skill, count in counts.items() for row in _rows(skill, count, seed, held_out=False)]
+    random.Random(f"mix {seed}").shuffle(rows)
+    return rows
+
+
+def addition_prompts(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` addition problems for RL, none of them held out: `prompt` and `answer`. Frequent ones may repeat."""
+    rows = _rows("addition", count, seed, held_out=False, distinct=False)
+    return [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
+
+
+def eval_rows(skill: str, count: int = 500) -> list[dict[str, str]]:
+    """`count` distinct held-out rows of one skill, always the same; a shorter list is the start of a longer one."""
+    if skill not in SKILLS:
+        raise ValueError(f"unknown skill `{skill}`; there are: {', '.join(SKILLS)}")
+    return _rows(skill, count, 0, held_out=True)
+
+
+def eval_dataset(skill: str, count: int = 500, **_: Any) -> dict[str, datasets.Dataset]:
+    """`eval_rows` as the `test` split of an lm-eval task's `custom_dataset`."""
+    import datasets
+
+    return {"test": datasets.Dataset.from_list(eval_rows(skill, count))}
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether the problem is for evals alone."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % HELD_OUT_ONE_IN == 0
+
+
+def _rows(skill: str, count: int, seed: int, *, held_out: bool, distinct: bool = True) -> list[dict[str, str]]:
+    if count < 0:
+        raise ValueError(f"{skill}: cannot make {count} rows")
+    problems = _problems(skill, seed, held_out, distinct)
+    rows = [
+        {"prompt": prompt, "completion": f" {answer}", "answer": answer}
+        for _, (prompt, answer) in zip(range(count), problems, strict=False)
+    ]
+    if len(rows) < count:
+        raise ValueError(f"{skill}: asked for {count} distinct rows, found {len(rows)}; ask for fewer")
+    return rows
+
+
+def _problems(skill: str, seed: int, held_out: bool, distinct: bool) -> Iterator[tuple[str, str]]:
+    """Problems of one side; seeded by a string, which Python hashes with SHA-512, the same in every process."""
+    rng = random.Random(f"{skill} {'held out' if held_out else 'training'} {seed}")
+    seen: set[str] = set()
+    repeats = 0
+    while repeats < PATIENCE:
+        prompt, answer = SKILLS[skill](rng)
+        if is_held_out(prompt) != held_out:
+            continue
+        repeats = repeats + 1 if distinct and prompt in seen else 0
+        if not repeats:
+            seen.add(prompt)
+            yield prompt, answer

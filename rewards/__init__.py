@@ -1,0 +1,1 @@
+"""Reward functions, run in killable processes."""

@@ -1,0 +1,60 @@
+"""Reward: the completion's mathematical answer equals the row's (math-verify)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from math_verify import parse, verify
+
+from rewards.text import completion_text
+
+GSM8K_MARK = "####"
+LIMIT = 3
+"""Seconds for reading an answer (milliseconds, as a rule), and for comparing it: `9^{9^9}` would take hours."""
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns, with the whole text, of every answer it gives up
+
+
+def correct(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float]:
+    r"""1.0 where the completion's answer equals the row's `answer` as mathematics, else 0.0.
+
+    Of a text with GSM8K's mark, what follows the last `####` counts, in gold answers and completions alike; of
+    others, what math-verify finds: `\boxed{...}`, LaTeX, "the answer is ...", the last number. A completion without a
+    readable answer, or with one that takes over three seconds to read or compare, scores 0.0.
+
+    Raises ValueError for a gold answer that cannot be read: that is the dataset's fault, not the model's.
+
+    >>> correct(completions=[r"So it is \boxed{\frac{1}{2}}.", "#### 3"], answer=["0.5", "1 + 1 = 2\n#### 2"])
+    [1.0, 0.0]
+    """
+    return [
+        float(_equal(str(gold), completion_text(completion)))
+        for completion, gold in zip(completions, answer, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)  # a group's completions repeat each other, and share the gold answer
+def _equal(gold: str, completion: str) -> bool:
+    return verify(_gold(gold), _read(completion), timeout_seconds=_alarm())
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold(gold: str) -> list[Any]:
+    found = _read(gold)
+    if not found:
+        raise ValueError(f"math-verify reads no answer in the gold answer {gold!r:.200}")
+    return found
+
+
+def _read(text: str) -> list[Any]:
+    """math-verify's readings of the answer in `text`; empty when there is none."""
+    _, mark, answer = text.rpartition(GSM8K_MARK)
+    return parse(answer.strip().partition("\n")[0] if mark else text, parsing_timeout=_alarm())
+
+
+def _alarm() -> int | None:
+    """math-verify's limits are signals, which the main thread alone gets; a reward's worker calls from there."""
+    return LIMIT if threading.current_thread() is threading.main_thread() else None

@@ -1,0 +1,1 @@
+"""Trajectories, prompts and the sampler's protocol; vLLM lives behind `rollout.vllm` alone."""

@@ -1,0 +1,57 @@
+"""Configuration of data, sampling and rollout engines. No torch, Ray or vLLM here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Config(BaseModel):
+    """Base of every recipe section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+class DataConfig(Config):
+    """Where rows come from: exactly one of `path` and `function`."""
+
+    path: str | None = None
+    """A .jsonl, .json or .parquet file, or a hub dataset name when no such file exists."""
+    function: str | None = None
+    """`module:function` or `file.py:function` that returns a list of row dicts."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for `function`, or for `datasets.load_dataset` with a hub dataset, e.g. {name: main}."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """New name -> column in the file, e.g. {prompt: question, completion: answer}."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first N rows."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.function is None):
+            raise ValueError("give exactly one of `path` and `function`")
+        return self
+
+
+class RolloutConfig(Config):
+    """The inference engines."""
+
+    replicas: int = Field(1, ge=1)
+    """Number of whole vLLM engines."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Most sequences that one engine runs at once."""
+    max_length: int = Field(1024, ge=2)
+    """Most tokens of a sequence, prompt and completion together."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the engine's weights and KV cache."""
+    mla: bool = False
+    """On the CPU: vLLM's MLA kernel instead of the materialised form (slower, no prefix cache); CUDA always has MLA."""
+    memory: float = Field(1.0, gt=0)
+    """KV cache: GiB on the CPU, share of device memory (at most 1) on CUDA."""
+    eager: bool = True
+    """Skip compilation: starts 16-40 s sooner, each step a little slower."""

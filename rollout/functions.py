@@ -1,0 +1,105 @@
+"""Finding a user's function: `module:function` or `file.py:function`. Rewards and data functions come through here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
+    """Return the callable that `spec` names.
+
+    spec: `package.module:function`, or `path/file.py:function` with the path read from `base_dir` (the recipe's
+    folder). A file's own folder goes to the end of `sys.path`, so that it may import its neighbours; two specs of
+    one file share one module.
+
+    Raises ValueError that names spec, file, line and cause: malformed spec, no such file or module, a failing
+    import, no such function (the nearest name is offered), something that cannot be called.
+
+    Example: `load_function("./my_rules.py:no_boilerplate", Path("recipes"))`.
+    """
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name.isidentifier():
+        raise ValueError(f"{spec!r} does not name a function: write `module:function` or `file.py:function`")
+    try:
+        module = _from_file(spec, (base_dir / source).resolve()) if source.endswith(".py") else _from_name(spec, source)
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way, a script may even call exit()
+        if isinstance(error, _NotFound):
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{spec!r}: importing {source} failed: {_cause(error)}") from error
+    try:
+        function = getattr(module, name)  # not vars(): packages that load lazily have their names in no dict
+    except AttributeError:
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{spec!r}: {source} has no function {name!r}{nearest(name, functions)}") from None
+    if not callable(function):
+        raise ValueError(f"{spec!r}: {name!r} of {source} is a {type(function).__name__}, not a function")
+    return function
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name most like `name`, else the known names, else nothing."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+
+
+class _NotFound(ValueError):
+    """The module or file itself is absent (as against: it is there, and its import fails)."""
+
+
+def _from_file(spec: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        neighbours = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise _NotFound(f"{spec!r}: there is no file {path}{nearest(path.name, neighbours)}")
+    # Not the bare stem: a user's `math.py` or `code.py` must not stand for the standard library's.
+    name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # before execution, as the import system does: dataclasses and pickle look it up
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _from_name(spec: str, source: str) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (source == error.name or source.startswith(error.name + ".")):
+            raise _NotFound(
+                f"{spec!r}: there is no module {error.name!r} on Python's path; for a file beside the recipe "
+                f"write `{source.rpartition('.')[2]}.py:...`"
+            ) from None
+        raise
+
+
+def _cause(error: BaseException) -> str:
+    """Type, message, and the last line of the user's own code on the way to the error."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen") and frame.filename not in (__file__, importlib.__file__)
+    ]
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

