@@ -188,9 +188,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _sync(entry)
     if path.exists():
         _remove(old)
-        path.rename(
-            old
-        )  # killed here, `old` is all there is of it: nothing deletes that before the new one is complete
+        path.rename(old)  # killed here, `old` is all there is: never deleted before a new one is complete
     temporary.rename(path)
     _sync(path.parent)
     _remove(old)

@@ -57,7 +57,7 @@ class HybridEngine:
         self._metrics: dict[str, float] = {}
         self._version = 0
         self._handed_over = -1
-        start_ray(ray_address)
+        self._started_ray = start_ray(ray_address)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._ranks = {
             f"training rank {rank}": _actor(TrainWorker, _threads(train.shard), {}).remote(
@@ -197,6 +197,7 @@ class HybridEngine:
         if ray.is_initialized():
             for actor in (*self._ranks.values(), *self._replicas.values()):
                 ray.kill(actor)
+        if self._started_ray:
             ray.shutdown()
 
     # -- weights -----------------------------------------------------------------------------------------------
@@ -241,15 +242,16 @@ def _in_order(scored: Iterable[tuple[tuple[int, Group], Scores]], count: int) ->
     return [placed[place] for place in range(count)]
 
 
-def start_ray(address: str | None) -> None:
-    """Join the cluster at `address`, or start a small local one."""
+def start_ray(address: str | None) -> bool:
+    """Join the cluster at `address`, or start a small local one; False where this process is connected already."""
     if ray.is_initialized():
-        return
+        return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is not None:
         ray.init(address=address, log_to_driver=False)
     else:
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    return True
 
 
 def _threads(processes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ class RolloutWorker:
         from rollout.vllm.engine import VllmEngine
 
         self._engine = VllmEngine(model_dir, config, seed=seed, dummy=True)
+
+    def pid(self) -> int:
+        """Process id, for those who watch or kill it."""
+        return os.getpid()
 
     def max_length(self) -> int:
         """Most tokens of a sequence, prompt and completion together."""

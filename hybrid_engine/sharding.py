@@ -37,6 +37,8 @@ def shard_model(
             raise ValueError(f"{name} is {parameter.dtype}: load the model with dtype=torch.float32 to train it")
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.base_model.layers:
+            layer.training = True  # Transformers recomputes in training mode alone; dropout below stays as it is
     if dtype == torch.float32 and (mesh is None or mesh.size() == 1):
         return
     if mesh is None:

@@ -48,6 +48,10 @@ class TrainWorker:
         self._reference: RankPolicy | None = None
         self._packer: WeightPacker | None = None
 
+    def pid(self) -> int:
+        """Process id, for those who watch or kill it."""
+        return os.getpid()
+
     def address(self) -> tuple[str, int]:
         """Host and a free port of this rank, where the ranks can meet."""
         from ray.util import get_node_ip_address

@@ -1,11 +1,10 @@
 """Inside a reward's worker process: load the function, then answer batch after batch.
 
-Imports neither numpy nor pydantic, so that a worker starts (and starts again after a kill) in a tenth of a second.
+Imports neither numpy nor pydantic nor asyncio: a worker starts, and starts again after a kill, in a tenth of a second.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import faulthandler
 import functools
@@ -22,9 +21,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from rewards.loader import load_reward
+
+if TYPE_CHECKING:
+    import asyncio
 
 PR_SET_PDEATHSIG = 1
 TRAINER_STATE = {"epoch": 0.0, "global_step": 0, "max_steps": 0, "num_train_epochs": 0, "num_input_tokens_seen": 0,
@@ -96,16 +98,15 @@ def main(fd: int, parent: int, setup: bytes) -> None:
         connection.send(str(error))
         return
     connection.send(None)
-    with asyncio.Runner() as runner:  # one loop for the worker's life: clients that an async reward keeps stay usable
-        while True:
-            try:
-                batch = connection.recv()
-            except EOFError:
-                return
-            connection.send(_answer(function, args, batch, runner))
+    while True:
+        try:
+            batch = connection.recv()
+        except EOFError:
+            return
+        connection.send(_answer(function, args, batch))
 
 
-def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch, runner: asyncio.Runner) -> Reply:
+def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch) -> Reply:
     extra: dict[str, list[Any]] = defaultdict(list)
     metrics: dict[str, list[float]] = defaultdict(list)
     try:
@@ -120,7 +121,7 @@ def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch,
             **args,
         )
         if inspect.isawaitable(result):
-            result = runner.run(_wait(result))
+            result = _event_loop().run(_wait(result))
         if not isinstance(result, Iterable):
             raise TypeError(f"it returned {result!r:.60}, not a list of rewards")
         values = list(result)
@@ -139,6 +140,14 @@ def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch,
         extra=dict(extra),
         metrics={name: sum(logged) / len(logged) for name, logged in metrics.items()},
     )
+
+
+@functools.cache
+def _event_loop() -> asyncio.Runner:
+    """One loop for the worker's life, so that the clients an async reward keeps stay usable."""
+    import asyncio  # half of a worker's start, and few rewards need it
+
+    return asyncio.Runner()
 
 
 async def _wait(result: Awaitable[Any]) -> Any:

@@ -36,7 +36,8 @@ def model(sampler: BigramSampler, bos: str | None = None, seed: int = 0) -> Samp
 def write_task(folder: Path, name: str, docs: list[dict[str, Any]], **config: Any) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    base = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}, "test_split": "test"}
+    options = {"data_files": {"test": f"{name}.jsonl"}, "cache_dir": str(folder / "cache")}
+    base = {"dataset_path": "json", "dataset_kwargs": options, "test_split": "test"}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **base, **config}))
     return f"{name}.yaml"
 

@@ -19,7 +19,7 @@ from alignment.tax import TaskResult, TaxRow, compare, row_to_json
 from recipes.progress import StageProgress, format_number, format_seconds, print_tax
 from recipes.report import write_report
 from recipes.report.charts import forest_bar, line_chart, nice_ticks, stack_chart
-from recipes.report.data import read_run
+from recipes.report.data import phases, read_run
 
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 SFT_STEPS, GRPO_STEPS = 400, 350
@@ -112,7 +112,7 @@ def fake_run(folder: Path) -> Path:
                     "tokens/computed": 1400 + rng.integers(-50, 50),
                     "time/generate": 0.26 + rng.gamma(2, 0.012),
                     "time/handover": 0.024 + rng.gamma(2, 0.001),
-                    "time/score": 0.004,
+                    "time/step": 0.45,
                     "time/train": 0.09 + rng.gamma(2, 0.004),
                     "skipped": math.nan,
                 },
@@ -134,6 +134,7 @@ def fake_run(folder: Path) -> Path:
                     samples.write(json.dumps(row) + "\n")
     for name in ("01-sft", "02-grpo"):
         (folder / name / "final").mkdir()
+    (folder / "00-base" / "evals").mkdir(parents=True)
     return folder
 
 
@@ -293,6 +294,31 @@ def test_sampled_completions_span_the_stage_and_hold_best_and_worst(run_dir):
     for _, groups in stage.samples:
         assert len(groups) == 2 and all(len(group) == 4 for group in groups)
         assert all(group[0].reward == max(s.reward for s in group) for group in groups)
+
+
+def test_masked_completions_come_last(run_dir):
+    rows = [
+        {
+            "step": 1,
+            "prompt_index": 0,
+            "prompt": "p",
+            "completion": str(r),
+            "reward": r,
+            "parts": {},
+            "finish_reason": "stop",
+        }
+        for r in (math.nan, 0.0, 1.0, None)
+    ]
+    (run_dir / "02-grpo" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((_, (group,)),) = read_run(run_dir).stages[1].samples
+    assert [sample.completion for sample in group] == ["1.0", "0.0", "nan", "None"]
+    render(run_dir)
+
+
+def test_time_beyond_the_phases_is_shown():
+    assert phases({"time/a": 0.5, "time/b": 0.25, "time/step": 1.0}) == {"a": 0.5, "b": 0.25, "other": 0.25}
+    assert phases({"time/a": 0.5, "time/step": 0.4}) == {"a": 0.5, "other": 0.0}
+    assert phases({"time/a": None, "loss": 1.0}) == {"a": 0.0}
 
 
 def test_long_runs_stay_small_and_keep_their_spikes():

@@ -61,7 +61,7 @@ def test_an_endless_answer_is_computed_once_for_all_its_repetitions(monkeypatch:
     monkeypatch.setattr(math_answer, "LIMIT", 1)
     start = time.monotonic()
     correct(completions=["10**10**10"] * 64, answer=["72"] * 64)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20  # 64 times two limits of a second each, were each computed
 
 
 def test_a_gold_answer_that_cannot_be_read_is_an_error() -> None:

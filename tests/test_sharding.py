@@ -86,8 +86,8 @@ def logits_after_change(model: torch.nn.Module, action: Callable[[torch.nn.Modul
 def sharded(dtype: torch.dtype = torch.float32, **options: bool) -> torch.nn.Module:
     model = tiny_model("deepseek-v2")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shard_model(model, mesh, dtype=dtype, **options)
-    return model.train()
+    shard_model(model.eval(), mesh, dtype=dtype, **options)
+    return model
 
 
 def on_two_ranks(folder: Path) -> None:
@@ -195,6 +195,16 @@ def test_gathered_weights_are_stale_until_resharded(two_ranks: dict):
 def test_packed_weights_of_two_ranks_are_those_of_one(two_ranks: dict):
     manifest, _ = WeightPacker(tiny_model("deepseek-v2"), "bfloat16").pack(0)
     assert two_ranks["digests"] == dict(manifest.digests)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activation_checkpointing_recomputes_each_layer(recompute: bool):
+    model, calls = tiny_model("deepseek-v2").eval(), []
+    shard_model(model, None, dtype=torch.float32, activation_checkpointing=recompute)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    backward(model, batch(0)[0])
+    assert len(calls) == len(model.model.layers) * (1 + recompute)
 
 
 def test_norm_counts_every_gradient_once_and_small_ones_stay():

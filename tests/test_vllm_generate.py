@@ -83,7 +83,7 @@ def test_seeds_repeat_in_any_company(host: EngineHost) -> None:
 
 @pytest.mark.slow
 def test_seeds_repeat_in_another_process_that_read_the_weights_from_disk(host: EngineHost) -> None:
-    config = RolloutConfig(max_length=256, max_num_seqs=32, memory=0.25)
+    config = RolloutConfig(max_length=512, max_num_seqs=32, memory=0.25)
     folder = tiny.model_dir("qwen3_moe")
 
     def start():
@@ -95,8 +95,16 @@ def test_seeds_repeat_in_another_process_that_read_the_weights_from_disk(host: E
     other = EngineHost(start, environment(config))
     try:
         assert [said(s) for s in other.call(generate, requests)] == [said(s) for s in host.call(generate, requests)]
+        (whole,) = other.call(lambda engine, given: engine.score(given), [np.full(512, 7, np.int32)])
+        assert np.isfinite(whole.logprobs[1:]).all()  # 512 is all that the model takes.
     finally:
         other.close()
+
+
+def test_seeded_prompts_that_fill_more_than_one_step_are_sampled(host: EngineHost) -> None:
+    prompts = [RNG.integers(2, tiny.VOCAB_SIZE, 150).astype(np.int32) for _ in range(64)]  # A step takes 4,096 tokens.
+    samples = host.call(generate, [Request(prompt, 2, seed=i, ignore_eos=True) for i, prompt in enumerate(prompts)])
+    assert [len(said(sample)) for sample in samples] == [2] * 64
 
 
 def test_the_end_token_stops_unless_it_is_ignored(host: EngineHost) -> None:
@@ -204,10 +212,8 @@ def test_logprobs_are_nan_when_nobody_asks(host: EngineHost) -> None:
     assert np.isnan(sample.trajectory.logprobs).all()
 
 
-def test_an_engine_without_weights_or_environment_refuses() -> None:
-    host = shared("qwen3_moe", False)
-
-    def blank(engine, request):
+def test_an_engine_without_weights_refuses(host: EngineHost) -> None:
+    def ask(engine, request):
         version, engine._version = engine._version, None
         try:
             next(engine.generate([request]))
@@ -215,15 +221,23 @@ def test_an_engine_without_weights_or_environment_refuses() -> None:
             engine._version = version
 
     with pytest.raises(RuntimeError, match="holds no weights"):
-        host.call(blank, Request(PROMPTS[0], 1))
+        host.call(ask, Request(PROMPTS[0], 1))
 
-    def start_without(engine, folder):
+
+def test_a_wrong_start_is_refused_before_anything_is_loaded(host: EngineHost) -> None:
+    def start(engine, folder, config, mla_disabled):
         import os
 
         from rollout.vllm.engine import VllmEngine
 
-        os.environ["VLLM_MLA_DISABLE"] = "0"
-        VllmEngine(folder, engine._config)
+        os.environ["VLLM_MLA_DISABLE"], before = mla_disabled, os.environ["VLLM_MLA_DISABLE"]
+        try:
+            VllmEngine(folder, config)
+        finally:
+            os.environ["VLLM_MLA_DISABLE"] = before
 
+    folder = tiny.model_dir("qwen3_moe")
     with pytest.raises(RuntimeError, match=r"start this process with .*VLLM_MLA_DISABLE"):
-        host.call(start_without, tiny.model_dir("qwen3_moe"))
+        host.call(start, folder, RolloutConfig(max_length=256), "0")
+    with pytest.raises(ValueError, match=r"rollout.max_length is 513; the model in .* takes at most 512 tokens"):
+        host.call(start, folder, RolloutConfig(max_length=513), "1")

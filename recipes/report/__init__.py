@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,11 +21,9 @@ def write_report(run_dir: Path) -> Path:
     Raises ValueError when `run_dir` is no run folder or a file in it is damaged.
     """
     page = render(read_run(run_dir))
-    path = run_dir / "report.html"
-    temporary = path.with_name("report.html.tmp")
+    temporary = run_dir / "report.html.tmp"
     temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return temporary.replace(run_dir / "report.html")
 
 
 def render(run: Run) -> str:
@@ -62,10 +59,6 @@ def _stage_facts(stage: Stage) -> list[str]:
     steps = stage.metrics[-1]["step"]
     facts = [f"{steps:,} of {stage.planned:,} steps" if stage.planned else f"{steps:,} steps"]
     tokens = sum(step_tokens(row) or 0 for row in stage.metrics)
-    if tokens:
-        facts.append(f"{tokens:,.0f} tokens")
-    if stage.seconds:
-        facts.append(format_seconds(stage.seconds))
-        if tokens:
-            facts.append(f"{tokens / stage.seconds:,.0f} tokens/s")
-    return facts
+    facts += [f"{tokens:,.0f} tokens"] if tokens else []
+    facts += [format_seconds(stage.seconds)] if stage.seconds else []
+    return facts + ([f"{tokens / stage.seconds:,.0f} tokens/s"] if tokens and stage.seconds else [])

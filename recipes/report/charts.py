@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from alignment.tax import TaxRow
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 150, 40, 8, 8, 20
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 150, 48, 8, 8, 20
 BINS = 240
 FOREST = 220
 

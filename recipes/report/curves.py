@@ -28,10 +28,7 @@ LOGARITHMIC = ("mismatch/", "handover/")
 def stage_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Chart]]:
     """The charts of a stage, and those of metrics that nobody asks for first."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    points = {key: _points(rows, key) for key in keys if key != "step"}
-    points = {key: values for key, values in points.items() if values}
-    if not points:
-        return [], []
+    points = {key: values for key in keys if key != "step" and (values := _points(rows, key))}
     parts = [k for k in points if k.startswith("reward/") and k.count("/") == 1 and k not in REWARD_TOTALS]
     if len(parts) == 1 and points[parts[0]] == points.get("reward/mean"):
         parts = []

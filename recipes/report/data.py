@@ -14,7 +14,7 @@ import yaml
 from alignment.metrics import read
 from alignment.tax import TaxRow, row_from_json
 
-STAGE = re.compile(r"(\d+)-(.+)")
+STAGE = re.compile(r"(?!00-)(\d\d+)-.+")  # 00-base holds the evals before the first stage, and no steps
 SAMPLED_STEPS, SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT = 4, 2, 4, 3000
 
 
@@ -54,7 +54,7 @@ class Stage:
     @property
     def seconds(self) -> float:
         """Time of all steps: `time/step` where there is one, else the phases together."""
-        return sum(row["time/step"] if row.get("time/step") else sum(phases(row).values()) for row in self.metrics)
+        return sum(row.get("time/step") or sum(phases(row).values()) for row in self.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,9 @@ def read_run(run_dir: Path) -> Run:
     versions = _parse(json.loads, texts.get("versions.json", "{}"), run_dir / "versions.json")
     tables = _parse(json.loads, texts.get("tax.json", "[]"), run_dir / "tax.json")
     planned = [next(iter(stage.items())) for stage in recipe.get("stages", [])]
-    notes += [f"Stage {config.get('name') or kind} has not started." for kind, config in planned[len(folders) :]]
+    begun = {_number(p) for p in folders}
+    waiting = [config.get("name") or kind for i, (kind, config) in enumerate(planned, 1) if i not in begun]
+    notes += [f"Stage {name} has not started." for name in waiting]
     return Run(
         recipe.get("name", run_dir.resolve().name),
         recipe,
@@ -113,9 +115,12 @@ def _parse(parser: Any, text: str, path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}; the file was edited or damaged") from error
 
 
+def _number(folder: Path) -> int:
+    return int(folder.name.split("-")[0])
+
+
 def _stage(path: Path, planned: Sequence[tuple[str, Mapping[str, Any]]]) -> Stage:
-    number = int(STAGE.fullmatch(path.name)[1])
-    config = planned[number - 1][1] if number <= len(planned) else {}
+    config = planned[_number(path) - 1][1] if _number(path) <= len(planned) else {}
     metrics = read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     samples = read(path / "samples.jsonl") if (path / "samples.jsonl").exists() else []
     notes = [] if metrics else ["No step is logged yet (metrics.jsonl)."]
@@ -137,7 +142,9 @@ def _choose(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[list[Samp
 
 def _extremes(group: Sequence[Mapping[str, Any]]) -> list[Sample]:
     """The best two and the worst two."""
-    ranked = sorted(group, key=lambda row: (row["reward"] is None, -(row["reward"] or 0)))
+    # A masked completion has no reward: null, or NaN, which is unequal to itself.
+    masked = [row for row in group if row["reward"] is None or row["reward"] != row["reward"]]
+    ranked = sorted((row for row in group if row not in masked), key=lambda row: -row["reward"]) + masked
     half = SAMPLED_COMPLETIONS // 2
     return [
         Sample(_text(row["prompt"]), _text(row["completion"]), row["reward"], row["parts"], row["finish_reason"])
@@ -154,5 +161,6 @@ def _text(value: str | list[dict[str, Any]]) -> str:
 
 
 def phases(row: Mapping[str, Any]) -> dict[str, float]:
-    """Phase name -> seconds of one step; `time/step`, the total, is no phase."""
-    return {key[5:]: value or 0.0 for key, value in row.items() if key.startswith("time/") and key != "time/step"}
+    """Phase name -> seconds of one step; what `time/step`, the whole, has beyond the phases is `other`."""
+    named = {key[5:]: value or 0.0 for key, value in row.items() if key.startswith("time/") and key != "time/step"}
+    return named | ({"other": max(0.0, row["time/step"] - sum(named.values()))} if row.get("time/step") else {})

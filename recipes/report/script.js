@@ -14,9 +14,7 @@ for (const svg of document.querySelectorAll("svg[data-series]")) {
       [name, points.reduce((a, b) => Math.abs(b[0] - wanted) < Math.abs(a[0] - wanted) ? b : a)]);
     const step = nearest[0][1][0];
     const x = left + span * (last > first ? (step - first) / (last - first) : 0.5);
-    cursor.setAttribute("x1", x);
-    cursor.setAttribute("x2", x);
-    cursor.setAttribute("visibility", "visible");
+    for (const [key, value] of [["x1", x], ["x2", x], ["visibility", "visible"]]) cursor.setAttribute(key, value);
     if (!tip) {
       tip = svg.parentNode.appendChild(document.createElement("div"));
       tip.className = "tip";

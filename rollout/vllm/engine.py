@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from vllm import EngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.inputs.engine import tokens_input
@@ -36,6 +36,12 @@ class VllmEngine:
         unset = {name for name, value in environment(config).items() if os.environ.get(name) != value}
         if unset:
             raise RuntimeError(f"start this process with rollout.vllm.environment.environment(config): {sorted(unset)}")
+        text_config = AutoConfig.from_pretrained(model_dir).get_text_config()
+        if hasattr(text_config, "max_position_embeddings") and config.max_length > text_config.max_position_embeddings:
+            raise ValueError(
+                f"rollout.max_length is {config.max_length}; the model in {model_dir} takes at most"
+                f" {text_config.max_position_embeddings} tokens (max_position_embeddings)"
+            )
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._llm = LLMEngine.from_engine_args(

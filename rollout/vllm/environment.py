@@ -48,6 +48,8 @@ def environment(config: RolloutConfig) -> dict[str, str]:
     variables = {
         # The engine core runs in the caller's process: weights arrive there, and nothing else is left to kill.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # One token more than the model's context: `VllmEngine` checks the length itself.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }

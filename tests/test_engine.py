@@ -1,0 +1,180 @@
+"""The hybrid engine on real parts: Ray actors, FSDP2 over gloo, vLLM; hand-overs, planted faults, deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import faulty
+import numpy as np
+import pytest
+import ray
+from tiny import model_dir
+
+import hybrid_engine.engine as engine_module
+from alignment.config import GRPOConfig, TrainConfig
+from alignment.grpo import grpo
+from hybrid_engine.engine import CanaryError, HybridEngine
+from hybrid_engine.health import WorkerError
+from rollout.config import RolloutConfig
+from rollout.prompts import Stream
+from rollout.sampler import Request, Sampling
+from rollout.types import Prompt, Scores
+
+FAMILY = "deepseek"
+ray.cloudpickle.register_pickle_by_value(faulty)  # Ray's processes cannot import from here
+
+
+def start(shard: int = 1, replicas: int = 1, dtype: str = "float32") -> HybridEngine:
+    rollout = RolloutConfig(replicas=replicas, max_length=96, max_num_seqs=64, memory=0.25, dtype=dtype)
+    return HybridEngine(model_dir(FAMILY), TrainConfig(shard=shard), rollout, seed=0)
+
+
+def config(**changes) -> GRPOConfig:
+    base = {
+        "prompts": {"path": "x.jsonl"}, "rewards": [{"function": "m:f"}], "steps": 3, "prompts_per_step": 4,
+        "completions": 4, "max_new_tokens": 6, "learning_rate": 1e-3,
+    }  # fmt: skip
+    return GRPOConfig(**base | changes)
+
+
+class EvenTokens:
+    """Scores in this process: the share of even token ids."""
+
+    def submit(self, groups, trainer_state):
+        future: Future = Future()
+        future.set_result([
+            Scores(np.array([(c.token_ids % 2 == 0).mean() for c in group.completions]), {}, {}) for group in groups
+        ])  # fmt: skip
+        return future
+
+    def close(self) -> None:
+        return None
+
+
+def prompts() -> Stream[Prompt]:
+    rng = np.random.default_rng(0)
+    return Stream(
+        [Prompt(i, "", rng.integers(5, 300, rng.integers(3, 40)).astype(np.int32), {}) for i in range(8)], 4, seed=0
+    )
+
+
+def run_steps(engine: HybridEngine, config: GRPOConfig, first: int = 1, stream: Stream | None = None) -> list[dict]:
+    sampling = Sampling(config.completions, config.max_new_tokens, config.temperature, seed=0)
+    return [
+        done.metrics | engine.take_metrics()
+        for done in grpo(engine, stream or prompts(), config, sampling, EvenTokens(), first)
+    ]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One training rank, one engine: for every test that breaks neither."""
+    engine = start()
+    yield engine
+    engine.close()
+
+
+def begin(engine: HybridEngine, config: GRPOConfig) -> None:
+    engine.load(model_dir(FAMILY), model_dir(FAMILY), config, model_dir(FAMILY) if config.kl else None)
+
+
+KEYS = ("loss", "grad_norm", "reward/mean", "entropy", "completions/mean_length")
+
+
+def comparable(metrics: list[dict]) -> list[list[float]]:
+    return [[step[key] for key in KEYS] for step in metrics]
+
+
+def test_three_hand_overs_with_changed_weights_agree_to_1e4(small: HybridEngine) -> None:
+    begin(small, config())
+    done = run_steps(small, config())
+    assert all(step["updates"] == 1 and step["grad_norm"] > 0 for step in done)
+    assert max(step["handover/canary"] for step in done) < 1e-4
+    assert max(step["mismatch/max"] for step in done) < 1e-4
+    assert {"time/generate", "time/handover", "time/train", "time/score"} <= done[0].keys()
+
+
+def test_the_same_run_again_is_the_same_to_the_bit(small: HybridEngine) -> None:
+    runs = []
+    for _ in range(2):
+        begin(small, config(kl=0.02, updates_per_batch=2))
+        runs.append(run_steps(small, config(kl=0.02, updates_per_batch=2)))
+    assert comparable(runs[0]) == comparable(runs[1])
+    assert runs[0][-1]["kl"] == runs[1][-1]["kl"] > 0
+
+
+def test_a_checkpoint_continues_as_if_nothing_had_happened(small: HybridEngine, tmp_path: Path) -> None:
+    begin(small, config())
+    whole = run_steps(small, config())
+    begin(small, config())
+    stream = prompts()
+    run_steps(small, config(steps=2), stream=stream)
+    small.save_checkpoint(tmp_path / "step-2", {"step": 2, "stream": stream.state()})
+    begin(small, config())
+    extra = small.load_checkpoint(tmp_path / "step-2")
+    again = prompts()
+    again.restore(extra["stream"])
+    assert comparable(run_steps(small, config(), first=extra["step"] + 1, stream=again)) == comparable(whole[2:])
+
+
+def test_the_sampler_serves_evals(small: HybridEngine) -> None:
+    begin(small, config())
+    sampler = small.sampler
+    requests = [Request(np.array([5, 6 + i], np.int32), max_tokens=4, temperature=0.0) for i in range(5)]
+    samples = {sample.index: sample for sample in sampler.generate(requests)}
+    assert sorted(samples) == list(range(5))
+    sequence = samples[0].trajectory.token_ids
+    scores = sampler.score([sequence])[0]
+    assert scores.greedy[2:].all()
+    assert sampler.max_length == 96
+
+
+@pytest.mark.parametrize("fault", ["swap_experts", "stale_tensor"])
+def test_a_hand_over_of_wrong_weights_is_stopped_by_the_canary(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digests are right, since the trainer itself packs wrongly: only the canary can see it."""
+    monkeypatch.setattr(engine_module, "TrainWorker", faulty.TRAIN_WORKERS[fault])
+    engine = start()
+    try:
+        begin(engine, config(learning_rate=0.05))
+        with pytest.raises(CanaryError, match="canary: after hand-over .* rollout engine 0 differs from the trainer"):
+            run_steps(engine, config(learning_rate=0.05))
+    finally:
+        engine.close()
+
+
+def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine) -> None:
+    begin(small, config())
+    one = run_steps(small, config())
+    small.close()
+    engine = start(shard=2, replicas=2)
+    try:
+        begin(engine, config())
+        two = run_steps(engine, config())
+        np.testing.assert_allclose(comparable(two), comparable(one), rtol=2e-4, atol=1e-7)
+        _kill_and_see(engine, "training rank 1")
+    finally:
+        engine.close()
+    assert not ray.is_initialized()
+
+
+def test_a_killed_engine_ends_the_run_with_its_name() -> None:
+    engine = start()
+    try:
+        begin(engine, config())
+        run_steps(engine, config(steps=1))
+        _kill_and_see(engine, "rollout engine 0")
+    finally:
+        engine.close()
+
+
+def _kill_and_see(engine: HybridEngine, name: str) -> None:
+    actor = (engine._ranks | engine._replicas)[name]
+    os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(WorkerError, match=f"{name}: the process died"):
+        run_steps(engine, config())
+    assert time.monotonic() - begun < 60

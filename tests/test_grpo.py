@@ -1,0 +1,187 @@
+"""The GRPO step on one process: a fake engine that samples, and computes its own log-probabilities, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from test_tree import MODELS
+from transformers import AutoModelForCausalLM
+
+from alignment.attention import TREE_ATTENTION
+from alignment.config import GRPOConfig
+from alignment.grpo import MismatchError, grpo
+from alignment.policy import RankPolicy, RankRow, merge_stats
+from rollout.prompts import Stream
+from rollout.sampler import Sampling
+from rollout.types import Completion, Group, Handle, Prompt, Scores, Trajectory
+
+GOOD = 7
+END = 1
+
+
+class FakeEngine:
+    """Samples with Transformers' plain forward (eager attention); trains with `RankPolicy`. `error` is added to the
+    log-probabilities it reports; `drift` scales its weights away from the trainer's."""
+
+    rollout_dtype = "float32"
+
+    def __init__(self, *, error: float = 0.0, learn_from: str = "right") -> None:
+        torch.manual_seed(0)
+        config = MODELS["deepseek_v2"]
+        self.model = AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION)
+        self.phases: list[str] = []
+        self.error, self.learn_from = error, learn_from
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.0)
+        self.policy = RankPolicy(self.model, optimizer, 4096, self._clip, lambda last: None, lambda: None)
+        self.reference = RankPolicy(
+            AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION),
+            optimizer, 4096, self._clip, lambda last: None, lambda: None,
+        )  # fmt: skip
+        self.reference.model.load_state_dict(self.model.state_dict())
+
+    def _clip(self, max_norm: float) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+
+    def rollouts(self, batches, sampling, scorer) -> Iterator[list[Group]]:
+        for step, prompts in batches:
+            groups = []
+            for prompt in prompts:
+                trajectories = [self._sample(prompt, sampling, step * 1000 + g) for g in range(sampling.completions)]
+                completions = tuple(
+                    Completion("", t.token_ids[t.loss_mask], t.finish_reason, Handle(trajectories, g))
+                    for g, t in enumerate(trajectories)
+                )
+                groups.append(Group(prompt, completions, scorer(completions)))
+            yield groups
+
+    @torch.no_grad()
+    def _sample(self, prompt: Prompt, sampling: Sampling, seed: int) -> Trajectory:
+        self.model.config._attn_implementation = "eager"
+        generator = torch.Generator().manual_seed(seed + prompt.index * 31)
+        tokens, logprobs = prompt.token_ids.tolist(), [np.nan] * len(prompt.token_ids)
+        reason = "length"
+        for _ in range(sampling.max_tokens):
+            probabilities = (self.model(torch.tensor([tokens])).logits[0, -1] / sampling.temperature).softmax(-1)
+            token = int(torch.multinomial(probabilities, 1, generator=generator))
+            tokens.append(token)
+            logprobs.append(float(probabilities[token].log()) + self.error)
+            if token == END:
+                reason = "stop"
+                break
+        self.model.config._attn_implementation = TREE_ATTENTION
+        mask = np.arange(len(tokens)) >= len(prompt.token_ids)
+        return Trajectory(np.array(tokens, np.int32), mask, np.array(logprobs, np.float32), reason)
+
+    @contextmanager
+    def phase(self, name):
+        self.phases.append(name)
+        yield self
+
+    def _rows(self, rows) -> list[RankRow]:
+        def fetch(handle):
+            return None if handle is None else handle.ref[handle.index]
+
+        return [
+            RankRow(fetch(r.trajectory), r.group, r.advantage, r.weight, fetch(r.old_logprobs), fetch(r.reference_logprobs))
+            for r in rows
+        ]  # fmt: skip
+
+    def update(self, rows, loss, **kwargs):
+        return merge_stats([self.policy.update(self._rows(rows), loss, **kwargs)])
+
+    def logprobs(self, rows, *, temperature, reference=False):
+        policy = self.reference if reference else self.policy
+        values = policy.logprobs(self._rows(rows), temperature=temperature)
+        return [Handle(values, i) for i in range(len(values))]
+
+
+def wants_good_token(completions) -> Scores:
+    return Scores(np.array([float((c.token_ids == GOOD).mean()) for c in completions]), {"good": np.zeros(4)}, {})
+
+
+def config(**changes) -> GRPOConfig:
+    base = {
+        "prompts": {"path": "x.jsonl"}, "rewards": [{"function": "m:f"}], "steps": 8, "prompts_per_step": 4,
+        "completions": 4, "max_new_tokens": 4, "learning_rate": 1e-2, "temperature": 1.3,
+    }  # fmt: skip
+    return GRPOConfig(**base | changes)
+
+
+def steps(engine: FakeEngine, config: GRPOConfig, scorer=wants_good_token) -> list:
+    prompts = [Prompt(i, "", np.array([3 + i, 9, 4 + i], np.int32), {}) for i in range(6)]
+    stream = Stream(prompts, config.prompts_per_step, seed=0)
+    sampling = Sampling(config.completions, config.max_new_tokens, config.temperature, seed=0)
+    return list(grpo(engine, stream, config, sampling, scorer, 1))
+
+
+def test_the_reward_rises_and_the_sampler_agrees_with_the_trainer() -> None:
+    engine = FakeEngine()
+    done = steps(engine, config(steps=14))
+    rewards = [step.metrics["reward/mean"] for step in done]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+    assert max(step.metrics["mismatch/max"] for step in done if step.metrics["updates"]) < 1e-4
+    assert [step.step for step in done] == list(range(1, 15))
+    assert engine.phases == ["train"] * 14  # no reference, no second forward
+
+
+@pytest.mark.parametrize("error", [0.1, -0.1])
+def test_a_sampler_that_reports_other_logprobs_stops_the_run_by_name(error: float) -> None:
+    with pytest.raises(MismatchError, match="step 1: the k3 KL between sampler and trainer"):
+        steps(FakeEngine(error=error), config())
+
+
+def test_the_mismatch_limit_is_the_recipes() -> None:
+    assert len(steps(FakeEngine(error=0.1), config(steps=2, mismatch_limit=0.1))) == 2
+
+
+def test_several_updates_clip_against_the_logprobs_before_the_first() -> None:
+    done = steps(FakeEngine(), config(steps=3, updates_per_batch=2, learning_rate=5e-2))
+    assert all(step.metrics["updates"] == 2 for step in done)
+    # the second update trains weights that the first has moved: some ratios leave the clip range
+    assert max(step.metrics["clip_fraction"] for step in done) > 0
+    # and yet the sampler is compared with the trainer as it was when it sampled
+    assert max(step.metrics["mismatch/max"] for step in done) < 1e-4
+
+
+def test_kl_holds_the_policy_at_its_reference() -> None:
+    free, engine = FakeEngine(), FakeEngine()
+    without = steps(free, config())
+    held = steps(engine, config(kl=5.0))
+    assert engine.phases[:2] == ["reference", "train"]
+    assert held[0].metrics["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert held[-1].metrics["reward/mean"] < without[-1].metrics["reward/mean"]
+    moved = [
+        sum(float((p - q).detach().norm()) for p, q in zip(e.model.parameters(), e.reference.model.parameters(), strict=True))
+        for e in (free, engine)
+    ]  # fmt: skip
+    assert moved[1] < moved[0]
+
+
+def test_a_batch_without_signal_is_a_counted_step_without_an_update() -> None:
+    engine = FakeEngine()
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    done = steps(engine, config(steps=2), scorer=lambda completions: Scores(np.ones(4), {"one": np.ones(4)}, {}))
+    assert [step.metrics["updates"] for step in done] == [0, 0]
+    assert done[0].metrics["groups/without_signal"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(before, engine.model.parameters(), strict=True))
+
+
+def test_everything_truncated_and_masked_trains_on_nothing() -> None:
+    done = steps(FakeEngine(), config(steps=1, truncated="mask", max_new_tokens=1))
+    assert done[0].metrics["completions/truncated"] > 0.9
+
+
+def test_planted_mask_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss on the token after the right one: the sampler's log-probabilities give it away."""
+    engine = FakeEngine()
+    sample = engine._sample
+    monkeypatch.setattr(
+        engine, "_sample", lambda *args: dataclasses.replace(t := sample(*args), logprobs=np.roll(t.logprobs, 1))
+    )
+    with pytest.raises((MismatchError, ValueError)):
+        steps(engine, config())
