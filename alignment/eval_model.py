@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of what follows it."""
+Tokens = tuple[list[int], list[int], int]
+"""Token ids of a request's context and continuation, and most new tokens."""
 
 DEFAULT_NEW_TOKENS = 256
 """What lm-eval gives a task that does not say."""
@@ -29,7 +29,7 @@ NEW_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completi
 class SamplerLM(LM):
     """An lm-eval model over a `Sampler`: all requests of one kind go to the engines as one batch.
 
-    seed: with task, item and repetition it seeds each request. Every method answers in the order of its requests, and
+    seed: with its place in the batch it seeds each request. Every method answers in the order of its requests, and
     raises `ValueError`, before anything is sampled, for a request that does not fit the context.
     """
 
@@ -46,37 +46,37 @@ class SamplerLM(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Completions as text. Arguments of a request: (context, generation_kwargs)."""
-        asked: Counter[int] = Counter()
         batch = []
-        for instance in requests:
-            context, kwargs = instance.args
-            asked[id(instance)] += 1
+        for index, (instance, (context, _, new)) in enumerate(zip(requests, self._tokens(requests), strict=True)):
+            kwargs = instance.args[1]
             until = kwargs.get("until") or ()
             batch.append(
                 Request(
-                    prompt=np.asarray(encode(self.tokenizer, context), np.int32),
-                    max_tokens=new_tokens(kwargs),
+                    prompt=np.asarray(context, np.int32),
+                    max_tokens=new,
                     temperature=temperature(kwargs),
-                    seed=_seed(self.seed, instance.task_name, instance.doc_id, instance.idx, asked[id(instance)]),
+                    seed=(self.seed * 1_000_003 + index) % 2**32,
                     stop=tuple(filter(None, [until] if isinstance(until, str) else until)),
                     logprobs=False,
                 )
             )
-        check_fits(requests, [(len(request.prompt), request.max_tokens) for request in batch], self.sampler.max_length)
         texts = {sample.index: sample.text for sample in self.sampler.generate(batch)}
         return [texts[index] for index in range(len(batch))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(log p of the continuation, whether each token of it is the argmax). Arguments: (context, continuation)."""
-        pairs = [encode_pair(self.tokenizer, *instance.args) for instance in requests]
-        check_fits(requests, [(len(context) + len(rest), 0) for context, rest in pairs], self.sampler.max_length)
-        return self._score(pairs)
+        return self._score([(context, rest) for context, rest, _ in self._tokens(requests)])
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """log p of each text after the BOS (or end) token, in windows that fit the context. Arguments: (text,)."""
         documents = [self._windows(instance.args[0]) for instance in requests]
         scores = iter(self._score([window for document in documents for window in document]))
         return [math.fsum(next(scores)[0] for _ in document) for document in documents]
+
+    def _tokens(self, requests: Sequence[Instance]) -> list[Tokens]:
+        tokens = [request_tokens(instance, self.tokenizer) for instance in requests]
+        check_fits(requests, tokens, self.sampler.max_length)
+        return tokens
 
     def _windows(self, text: str) -> list[Pair]:
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
@@ -98,16 +98,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Pair:
-    """Encoded as one text, then split: white space at the context's end belongs to the continuation (lm-eval's rule).
+def request_tokens(instance: Instance, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """What a request asks for.
 
-    An empty context is the BOS (or end) token.
+    Context and continuation are encoded as one text, then split: white space at the context's end belongs to the
+    continuation (lm-eval's rule). An empty context is the BOS (or end) token.
     """
+    if instance.request_type == "loglikelihood_rolling":  # fits, by its windows
+        return [], [], 0
+    context, rest = instance.args
+    if instance.request_type == "generate_until":
+        return encode(tokenizer, context), [], new_tokens(rest)
     if not context.strip():
-        return [_prefix(tokenizer)], tokenizer.encode(context + continuation, add_special_tokens=False)
-    whole = encode(tokenizer, context + continuation)
+        return [_prefix(tokenizer)], tokenizer.encode(context + rest, add_special_tokens=False), 0
+    whole = encode(tokenizer, context + rest)
     start = len(encode(tokenizer, context.rstrip()))
-    return whole[:start], whole[start:]
+    return whole[:start], whole[start:], 0
 
 
 def chat_prompt(
@@ -137,28 +143,14 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def _seed(*parts: Any) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
-
-
-def request_lengths(instance: Instance, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, int]:
-    """Tokens of a request's prompt (1 without a tokenizer), and most new ones."""
-    generates = instance.request_type == "generate_until"
-    new = new_tokens(instance.args[1]) if generates else 0
-    if tokenizer is None or instance.request_type == "loglikelihood_rolling":  # which fits by its windows
-        return 1, new
-    if generates:
-        return len(encode(tokenizer, instance.args[0])), new
-    return sum(map(len, encode_pair(tokenizer, *instance.args))), 0
-
-
-def check_fits(instances: Sequence[Instance], lengths: Sequence[tuple[int, int]], max_length: int) -> None:
-    too_long = [index for index, length in enumerate(lengths) if sum(length) > max_length]
-    if too_long:
-        worst = max(too_long, key=lambda index: sum(lengths[index]))
-        (prompt, new), instance = lengths[worst], instances[worst]
+def check_fits(instances: Sequence[Instance], tokens: Sequence[Tokens], max_length: int) -> None:
+    """Raise `ValueError` naming the longest request if it does not fit `max_length` tokens."""
+    needs = [len(context) + len(rest) + new for context, rest, new in tokens]
+    worst = needs.index(max(needs))
+    if needs[worst] > max_length:
+        instance, new = instances[worst], tokens[worst][2]
         raise ValueError(
-            f"evals.tasks: `{instance.task_name}`, item {instance.doc_id}, needs {prompt} tokens for the prompt and "
-            f"{new} for the answer; the context holds {max_length} ({len(too_long)} of {len(lengths)} requests need "
-            "more): raise rollout.max_length, or lower evals.max_new_tokens"
+            f"evals.tasks: `{instance.task_name}`, item {instance.doc_id}, needs {needs[worst] - new} tokens for the "
+            f"prompt and {new} for the answer; the context holds {max_length}: raise rollout.max_length, or lower "
+            "evals.max_new_tokens"
         )

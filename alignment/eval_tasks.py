@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from alignment.config import EvalConfig
 from alignment.eval_model import NEW_TOKENS_KEYS, temperature
+from rollout.functions import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -66,9 +66,8 @@ def _prepare(name: str, task: Task, config: EvalConfig, seed: int) -> None:
 def _file_tasks(path: Path, data_dir: Path | None) -> dict[str, Task]:
     """The task of a YAML file; its local `data_files` are found first, so that nothing is asked of the hub."""
     if not path.is_file():
-        raise ValueError(
-            f"evals.tasks: no such file: {path}{_nearest(path.name, [p.name for p in path.parent.glob('*.y*ml')])}"
-        )
+        others = [other.name for other in path.parent.glob("*.y*ml")]
+        raise ValueError(f"evals.tasks: no such file: {path}{nearest(path.name, others)}")
     try:
         config = load_yaml(path)
     except Exception as error:
@@ -103,7 +102,7 @@ def _index() -> TaskManager:
 
 def _named_tasks(name: str) -> dict[str, Task]:
     if name not in _index().task_index:
-        raise ValueError(f"evals.tasks: lm-eval has no task `{name}`{_nearest(name, _index().all_tasks)}")
+        raise ValueError(f"evals.tasks: lm-eval has no task `{name}`{nearest(name, _index().all_tasks)}")
     return _load(_index(), name, f"evals.tasks: `{name}`")
 
 
@@ -113,8 +112,3 @@ def _load(manager: TaskManager, spec: str | dict[str, Any], source: str) -> dict
     except Exception as error:
         hint = "; offline, use a task YAML with local data_files" if isinstance(error, OSError) else ""
         raise ValueError(f"{source}: lm-eval cannot load it: {type(error).__name__}: {error}{hint}") from error
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""

@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import TrackerKind
@@ -21,14 +20,11 @@ if TYPE_CHECKING:
 
 def plain_number(key: str, value: Any) -> int | float | None:
     """A JSON number, or None for None, NaN and infinities (JSON has none). Raises ValueError naming `key`."""
-    if value is None:
+    if value is not None and not isinstance(value, Real):
+        raise ValueError(f"metric {key!r} is {value!r}, a {type(value).__name__}; log a number or None")
+    if value is None or not math.isfinite(value):
         return None
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        number = float(value)
-        return number if math.isfinite(number) else None
-    raise ValueError(f"metric {key!r} is {value!r}, a {type(value).__name__}; log a number or None")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 class MetricsLog:
@@ -42,8 +38,7 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            data = path.read_bytes()
-            os.truncate(path, data.rfind(b"\n") + 1)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -69,7 +64,7 @@ class MetricsLog:
 def read(path: Path) -> list[dict[str, Any]]:
     """Every whole row of a .jsonl file, in order; a last line torn by a crash is left out.
 
-    Raises ValueError naming file and line when a whole line is no JSON object.
+    Raises ValueError naming file and line when a whole line is not JSON.
     """
     rows: list[dict[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -77,12 +72,9 @@ def read(path: Path) -> list[dict[str, Any]]:
             if not line.endswith("\n"):
                 break
             try:
-                row = json.loads(line)
+                rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: {error}; the file was edited or damaged") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object; the file was edited or damaged")
-            rows.append(row)
     return rows
 
 
@@ -124,9 +116,7 @@ class Trackers:
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

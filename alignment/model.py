@@ -29,10 +29,8 @@ disable_progress_bar()  # its bars for every load and save would tear the stage'
 def model_source(config: ModelConfig, base_dir: Path) -> str | None:
     """The directory (made absolute) or hub name to load from; None for a model from scratch.
 
-    Raises `ValueError` unless exactly one of `path` and `init` is given, or when a directory does not exist.
+    Raises `ValueError` when a directory does not exist.
     """
-    if (config.path is None) == (config.init is None):
-        raise ValueError("`model` needs exactly one of `path` and `init`")
     if config.path is None:
         return None
     path = base_dir / Path(config.path).expanduser()
@@ -129,26 +127,6 @@ def build_model(
     return model.eval()
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def parameter_counts(config: PreTrainedConfig) -> tuple[int, int]:
-    """All parameters, and those that one token activates: of the routed experts the chosen, no embedding table."""
-    model = empty_model(config)
-    embedding = model.get_input_embeddings().weight
-    total = active = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if ".experts." in name:  # [E, ...]: Transformers keeps a layer's experts in one tensor
-            active += parameter.numel() // parameter.shape[0] * config.get_text_config().num_experts_per_tok
-        elif parameter is not embedding or config.tie_word_embeddings:
-            active += parameter.numel()
-    return total, active
-
-
 def save_model_dir(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -157,15 +135,10 @@ def save_model_dir(
 ) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` and `vllm.LLM` load as it is.
 
-    state: full tensors under the names of `model.state_dict()`, where `model` itself is sharded or empty
-    (`empty_model`); default: the model's own. On disk every expert has its own tensors, as in DeepSeek's checkpoints.
-    The directory appears whole or not at all; one that is there is replaced.
+    state: full tensors under the names of `model.state_dict()`, where `model` itself is sharded or empty; default: the
+    model's own. On disk every expert has its own tensors, as in DeepSeek's checkpoints. The directory appears whole or
+    not at all.
     """
-    if state is not None:
-        expected, given = set(model.state_dict()), set(state)
-        tied = set(model.all_tied_weights_keys)
-        if given - expected or expected - given - tied:
-            raise ValueError(f"{out_dir}: wrong weights to save: {sorted(given ^ expected)[:3]} are extra or missing")
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id not in ends:
@@ -176,32 +149,23 @@ def save_model_dir(
         tokenizer.save_pretrained(folder)
 
 
+def unfinished(path: Path) -> Path:
+    """Where the files of `path` lie until all of them are written."""
+    return path.with_name(f".{path.name}.new")
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place, synced to disk, when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
-    _remove(temporary)
-    temporary.mkdir()
-    yield temporary
-    for entry in [*temporary.rglob("*"), temporary]:
-        _sync(entry)
+    """The new folder `unfinished(path)`, which becomes `path`, its files synced to disk, when the block ends well."""
+    folder = unfinished(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    yield folder
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened)
     if path.exists():
-        _remove(old)
-        path.rename(old)  # killed here, `old` is all there is: never deleted before a new one is complete
-    temporary.rename(path)
-    _sync(path.parent)
-    _remove(old)
-
-
-def _remove(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        shutil.rmtree(path)
+    folder.rename(path)

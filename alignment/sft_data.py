@@ -5,30 +5,21 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length, is_conversational_from_value, maybe_convert_to_chatml
 
 from alignment.config import SFTConfig
-from rollout.prompts import check_text, encode_chats, encode_texts
-from rollout.types import Text, Trajectory
+from rollout.prompts import encode_chat, encode_text, is_chat
+from rollout.types import Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Masked = tuple[list[int], np.ndarray]
-"""Token ids and the bool mask [T] of those that the loss is on."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A row to tokenise: `prompt` is None in a `messages` row; `template`: what its chat template is given."""
-
-    where: str
-    prompt: Text | None
-    full: Text
-    template: Mapping[str, Any]
+"""Token ids and the bool mask [T] of the completion's, or the assistant's."""
 
 
 def make_sft_rows(
@@ -41,116 +32,73 @@ def make_sft_rows(
     `completion_only` the loss is on the completion, or on what the template marks as the assistant's; else on every
     token but the first, which nothing predicts.
 
-    Counts: `rows`, `kept`, `cut` (longer than `max_length`), `dropped` (no token with loss left), `merged` (a token
-    spans the end of the prompt and counts as completion), `tokens`, `loss_tokens`.
-    Raises `ValueError` naming `source` and the row.
+    Counts: `rows`, `kept`, `cut` (longer than `max_length`), `dropped` (no token with loss left), `tokens`,
+    `loss_tokens`. Raises `ValueError` naming `source` and the row.
     """
-    items = [_read(row, f"{source}, row {index}", tokenizer) for index, row in enumerate(rows)]
-    encoded: list[Masked | None] = [None] * len(items)
-    counts = dict.fromkeys(("rows", "kept", "cut", "dropped", "merged", "tokens", "loss_tokens"), 0)
-    for indices in _alike(items):
-        batch = [items[index] for index in indices]
-        if batch[0].prompt is None:
-            masked = _encode_messages(batch, tokenizer, config.completion_only)
-        else:
-            masked, merged = _encode_completions(batch, tokenizer, config.completion_only)
-            counts["merged"] += merged
-        for index, entry in zip(indices, masked, strict=True):
-            encoded[index] = entry
-
-    trajectories = []
-    for entry in encoded:
-        assert entry is not None
-        counts["cut"] += len(entry[0]) > config.max_length
-        token_ids = np.array(entry[0][: config.max_length], np.int32)
-        loss_mask = entry[1][: config.max_length]
+    trajectories, cut = [], 0
+    for index, row in enumerate(rows):
+        if row.get("conversations") and is_conversational_from_value(row):
+            row = maybe_convert_to_chatml(copy.deepcopy(dict(row)))  # it changes the row in place
+        encode = _encode_completion if {"prompt", "completion"} <= row.keys() else _encode_messages
+        token_ids, loss_mask = encode(row, f"{source}, row {index}", tokenizer, config.completion_only)
+        cut += len(token_ids) > config.max_length
+        token_ids, loss_mask = np.array(token_ids[: config.max_length], np.int32), loss_mask[: config.max_length]
         loss_mask[:1] = False
         if loss_mask.any():
-            counts["tokens"] += len(token_ids)
-            counts["loss_tokens"] += int(loss_mask.sum())
-            nothing = np.full(len(token_ids), np.nan, np.float32)
-            trajectories.append(Trajectory(token_ids, loss_mask, nothing, "stop"))
-    counts |= {"rows": len(rows), "kept": len(trajectories), "dropped": len(rows) - len(trajectories)}
+            trajectories.append(Trajectory(token_ids, loss_mask, np.full(len(token_ids), np.nan, np.float32), "stop"))
     if not trajectories:
         raise ValueError(
             f"{source}: none of its {len(rows)} rows has a token to train on within max_length={config.max_length}"
         )
-    return trajectories, counts
+    return trajectories, {
+        "rows": len(rows),
+        "kept": len(trajectories),
+        "cut": cut,
+        "dropped": len(rows) - len(trajectories),
+        "tokens": sum(len(row.token_ids) for row in trajectories),
+        "loss_tokens": sum(int(row.loss_mask.sum()) for row in trajectories),
+    }
 
 
-def _read(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> _Item:
-    """Sort a row into its format and append the end token where TRL does: to string completions that lack it."""
-    from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
-
-    if row.get("conversations") and is_conversational_from_value(row):
-        row = maybe_convert_to_chatml(copy.deepcopy(dict(row)))  # it changes the row in place
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    template = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        kinds = [check_text(row[name], f"{where}, column `{name}`") for name in ("prompt", "completion")]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"{where}: `prompt` and `completion` must both be strings or both be chat messages")
-        if not kinds[0]:
-            end = tokenizer.eos_token
-            return _Item(where, prompt, prompt + completion + ("" if completion.endswith(end) else end), {})
-        return _Item(where, prompt, prompt + completion, template)
-    if "messages" in row:
-        if not check_text(row["messages"], f"{where}, column `messages`"):
-            raise ValueError(f"{where}: `messages` must be a list of chat messages, got a string")
-        return _Item(where, None, row["messages"], template)
-    raise ValueError(
-        f"{where}: needs `prompt` and `completion`, or `messages`; there are: {', '.join(row)} "
-        "(`columns: {prompt: NAME, completion: NAME}` renames them)"
-    )
-
-
-def _alike(items: Sequence[_Item]) -> list[list[int]]:
-    """Indices of items that can be tokenised in one call: same format, same arguments of the template."""
-    groups: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(f"{item.prompt is None} {item.template}", []).append(index)
-    return list(groups.values())
-
-
-def _encode_completions(
-    items: Sequence[_Item], tokenizer: PreTrainedTokenizerBase, completion_only: bool
-) -> tuple[list[Masked], int]:
+def _encode_completion(
+    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
+) -> Masked:
     """Prompt and prompt + completion, tokenised apart: the completion starts where the two diverge (TRL's rule)."""
-    from trl.data_utils import common_prefix_length
-
-    where = [item.where for item in items]
-    template = items[0].template
-    prompts = [item.prompt for item in items if item.prompt is not None]
-    prompt_ids = encode_texts(prompts, tokenizer, where, add_generation_prompt=True, **template)
-    full_ids = encode_texts([item.full for item in items], tokenizer, where, **template)
-    masked, merged = [], 0
-    for before, ids in zip(prompt_ids, full_ids, strict=True):
-        start = common_prefix_length(before, ids)
-        merged += start < len(before)
-        masked.append((ids, np.arange(len(ids)) >= (start if completion_only else 0)))
-    return masked, merged
+    prompt, completion = row["prompt"], row["completion"]
+    chat = is_chat(prompt, f"{where}, column `prompt`")
+    if chat != is_chat(completion, f"{where}, column `completion`"):
+        raise ValueError(f"{where}: `prompt` and `completion` must both be strings or both be chat messages")
+    if not chat and not completion.endswith(tokenizer.eos_token):
+        completion += tokenizer.eos_token
+    template = _template(row)
+    before = encode_text(prompt, tokenizer, where, add_generation_prompt=True, **template)
+    token_ids = encode_text(prompt + completion, tokenizer, where, **template)
+    start = common_prefix_length(before, token_ids) if completion_only else 0
+    return token_ids, np.arange(len(token_ids)) >= start
 
 
-def _encode_messages(items: Sequence[_Item], tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> list[Masked]:
-    """Whole chats; the template's `{% generation %}` blocks are the assistant's words."""
-    where = [item.where for item in items]
-    template = dict(items[0].template)
+def _encode_messages(
+    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
+) -> Masked:
+    """A whole chat; the template's `{% generation %}` blocks are the assistant's words."""
+    if not is_chat(row.get("messages"), f"{where}, column `messages`"):
+        raise ValueError(f"{where}: `messages` must be a list of chat messages, got a string")
+    template = _template(row)
     if completion_only:
-        template |= {"return_assistant_tokens_mask": True, "chat_template": _marked_template(tokenizer, where[0])}
-    encoded = encode_chats([item.full for item in items], tokenizer, where, **template)
-    if completion_only:
-        masks = [np.array(mask, bool) for mask in encoded["assistant_masks"]]
-    else:
-        masks = [np.ones(len(ids), bool) for ids in encoded["input_ids"]]
-    return list(zip(encoded["input_ids"], masks, strict=True))
+        template |= {"return_assistant_tokens_mask": True, "chat_template": _marked_template(tokenizer, where)}
+    encoded = encode_chat(row["messages"], tokenizer, where, **template)
+    token_ids = encoded["input_ids"]
+    return token_ids, np.array(encoded["assistant_masks"] if completion_only else [1] * len(token_ids), bool)
+
+
+def _template(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the row's chat template."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def _marked_template(tokenizer: PreTrainedTokenizerBase, where: str) -> str | None:
     """A chat template with `{% generation %}` markers: None (the tokenizer's own), or TRL's copy of a known one."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
     if tokenizer.chat_template is None or has_generation_markers(tokenizer.chat_template):
         return None
     try:

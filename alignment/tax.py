@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,7 @@ def compare(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> list[T
 
 def _row(before: TaskResult, after: TaskResult, benchmark: str) -> TaxRow:
     n = len(before.items)
-    if n != len(after.items):
-        raise ValueError(f"{before.name}: {n} items before and {len(after.items)} after; they cannot be paired")
-    for index, (left, right) in enumerate(zip(before.items, after.items, strict=True)):
+    for index, (left, right) in enumerate(zip_longest(before.items, after.items)):
         if left != right:
             raise ValueError(f"{before.name}: item {index} is {left!r} before, {right!r} after; they cannot be paired")
     differences = after.values - before.values
@@ -169,30 +168,15 @@ def detectable_drop(n: int, discordance: float = 0.2) -> float:
 
 def save_results(path: Path, results: Sequence[TaskResult]) -> None:
     """Write results as one JSON list, all or nothing."""
-    rows = [
-        {
-            "task": r.task,
-            "metric": r.metric,
-            "higher_is_better": r.higher_is_better,
-            "items": list(r.items),
-            "values": r.values.tolist(),
-        }
-        for r in results
-    ]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(rows), encoding="utf-8")
+    temporary.write_text(json.dumps([asdict(r) | {"values": r.values.tolist()} for r in results]), encoding="utf-8")
     os.replace(temporary, path)
 
 
 def load_results(path: Path) -> list[TaskResult]:
     """Read what `save_results` wrote."""
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        TaskResult(
-            r["task"], r["metric"], r["higher_is_better"], tuple(r["items"]), np.asarray(r["values"], dtype=np.float64)
-        )
-        for r in rows
-    ]
+    return [TaskResult(**r | {"items": tuple(r["items"]), "values": np.array(r["values"], float)}) for r in rows]
 
 
 def row_to_json(row: TaxRow) -> dict[str, Any]:

@@ -17,24 +17,22 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from alignment.config import GRPOConfig, SFTConfig
+from alignment.metrics import check_trackers
 from recipes.data import StageData, stage_data
-from recipes.errors import Problem, RecipeError, shorten
+from recipes.errors import RecipeError, shorten
 from recipes.plan import plan
 from recipes.schema import LoadedRecipe, Recipe
 from recipes.source import Key
 from recipes.versions import check_versions
+from rewards.loader import check_reward
 from rollout.data import row_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = list[dict[str, Any]]
-SMALL_FILE = 64 * 2**20
-"""Bytes of a file up to which its rows are read at once; larger ones wait for the second part."""
 CHANGED = 0.2
 """Share of an eval's items that are assumed to be right before and wrong after a stage, or the other way round."""
-
-
 ASSUMPTION = f"smallest drop: the paired 95% interval leaves out zero when {CHANGED:.0%} of the items change sides"
 
 
@@ -50,21 +48,23 @@ def check(loaded: LoadedRecipe) -> Iterator[RenderableType]:
 
 
 def check_files(loaded: LoadedRecipe) -> dict[Key, Rows]:
-    """See that local files exist and hold the right columns; the rows of those that could be read at once.
+    """See that local files exist and hold the right columns; the rows of each dataset that is a file, by its key.
 
     Raises RecipeError. Imports neither torch nor Ray nor vLLM.
     """
-    recipe, problems, found = loaded.recipe, _Problems(loaded), {}
-    _check_paths(recipe, problems)
+    recipe, problems = loaded.recipe, _Problems(loaded)
+    rows: dict[Key, Rows] = {}
+    with problems.at(("trackers",)):
+        check_trackers(recipe.trackers)
+    for key, name in _local_paths(recipe):
+        path = recipe.folder / Path(name).expanduser()
+        if not path.exists():
+            problems.add(key, f"no such file or folder: {path}")
     for data in stage_data(recipe):
-        file = data.file(recipe)
-        deferred = file is None or (file.is_file() and file.stat().st_size > SMALL_FILE)
-        if not deferred and (recipe.data_folder or recipe.folder).is_dir():
-            with problems.at(data.source_key):
-                found[data.key] = data.load(recipe)
-    _check_schedules(recipe, found, problems)
+        if data.is_file:
+            _load(recipe, data, rows, problems)
     problems.stop()
-    return found
+    return rows
 
 
 def check_libraries(loaded: LoadedRecipe, rows: Mapping[Key, Rows]) -> Iterator[RenderableType]:
@@ -73,13 +73,13 @@ def check_libraries(loaded: LoadedRecipe, rows: Mapping[Key, Rows]) -> Iterator[
     rows: what `check_files` has read. Raises RecipeError.
     """
     recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
-    datasets = stage_data(recipe)
-    for data in datasets:
+    for data in stage_data(recipe):
         if data.key not in found:
-            with problems.at(data.source_key):
-                found[data.key] = data.load(recipe)
-    _check_schedules(recipe, {key: value for key, value in found.items() if key not in rows}, problems)
-    _check_rewards(recipe, found, problems)
+            _load(recipe, data, found, problems)
+        if isinstance(data.stage, GRPOConfig) and data.key in found:
+            for index, reward in enumerate(data.stage.rewards):
+                with problems.at((*data.stage_key, "rewards", index)):
+                    check_reward(reward, recipe.folder, set(found[data.key][0]))
     problems.stop()
     with problems.at(("model",)):
         tokenizer = _tokenizer(recipe, found, problems)
@@ -97,7 +97,7 @@ class _Problems:
 
     def __init__(self, loaded: LoadedRecipe) -> None:
         self.source = loaded.source
-        self.found: list[Problem] = []
+        self.found: list[str] = []
 
     def add(self, key: Key, message: str) -> None:
         self.found.append(self.source.problem(key, message))
@@ -115,55 +115,26 @@ class _Problems:
             raise RecipeError(self.found)
 
 
-def _check_paths(recipe: Recipe, problems: _Problems) -> None:
-    """Every file and folder that the recipe names and that must be local is there."""
-    model, folder = recipe.model, recipe.folder
-    if recipe.data_folder is not None and not recipe.data_folder.is_dir():
-        problems.add(("data_dir",), f"no such folder: {recipe.data_folder}")
-    if model.path is not None and _means_a_path(model.path) and not (folder / Path(model.path).expanduser()).is_dir():
-        problems.add(("model", "path"), f"no such directory: {folder / model.path}")
-    if model.chat_template is not None:
-        _need_file(("model", "chat_template"), folder, model.chat_template, problems)
+def _local_paths(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """Key and name of every file and folder that must be local, the data's aside."""
+    path = recipe.model.path
+    if path is not None and (path.startswith((".", "~", "/")) or path.count("/") > 1):  # not a hub's `owner/name`
+        yield ("model", "path"), path
+    if recipe.model.chat_template is not None:
+        yield ("model", "chat_template"), recipe.model.chat_template
+    if recipe.data_dir is not None:
+        yield ("data_dir",), recipe.data_dir
     for index, task in enumerate(recipe.evals.tasks):
         if task.endswith((".yaml", ".yml")):
-            _need_file(("evals", "tasks", index), folder, task, problems)
-    for data in stage_data(recipe):
-        functions = [(data.source_key, data.config.function or "")]
-        if isinstance(data.stage, GRPOConfig):
-            rewards = enumerate(data.stage.rewards)
-            functions += [((*data.key[:-1], "rewards", i, "function"), reward.function) for i, reward in rewards]
-        for key, function in functions:
-            file = function.rpartition(":")[0]
-            if file.endswith(".py"):
-                _need_file(key, folder, file, problems)
+            yield ("evals", "tasks", index), task
 
 
-def _need_file(key: Key, folder: Path, name: str, problems: _Problems) -> None:
-    path = folder / Path(name).expanduser()
-    if not path.is_file():
-        problems.add(key, f"no such file: {path}")
-
-
-def _means_a_path(name: str) -> bool:
-    """Whether `name` cannot be a hub's `owner/name`."""
-    return name.startswith((".", "~", "/")) or name.count("/") > 1
-
-
-def _check_schedules(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) -> None:
-    for data in stage_data(recipe):
-        if isinstance(data.stage, SFTConfig) and data.key in rows:
-            with problems.at(data.key[:-1]):
-                data.stage.check_schedule(data.stage.total_steps(len(rows[data.key])))
-
-
-def _check_rewards(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) -> None:
-    from rewards.loader import check_reward
-
-    for data in stage_data(recipe):
-        if isinstance(data.stage, GRPOConfig) and data.key in rows:
-            for index, reward in enumerate(data.stage.rewards):
-                with problems.at((*data.key[:-1], "rewards", index)):
-                    check_reward(reward, recipe.folder, set(rows[data.key][0]))
+def _load(recipe: Recipe, data: StageData, rows: dict[Key, Rows], problems: _Problems) -> None:
+    with problems.at(data.key):
+        rows[data.key] = data.load(recipe)
+    if isinstance(data.stage, SFTConfig) and data.key in rows:
+        with problems.at(data.stage_key):
+            data.stage.check_schedule(data.stage.total_steps(len(rows[data.key])))
 
 
 def _tokenizer(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) -> PreTrainedTokenizerBase:
@@ -178,7 +149,7 @@ def _tokenizer(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) ->
     for data in stage_data(recipe):
         if isinstance(data.stage, SFTConfig) and data.stage.max_length > context:
             message = f"{data.stage.max_length} tokens, the model's context is {context}"
-            problems.add((*data.key[:-1], "max_length"), message)
+            problems.add((*data.stage_key, "max_length"), message)
     return tokenizer
 
 
@@ -189,7 +160,7 @@ def _check_lengths(
         "stage", "rows", "tokens on average", "longest", "limit", title=f"Data, with {len(tokenizer):,} token ids"
     )
     for stage, data in zip(recipe.stages, stage_data(recipe), strict=True):
-        with problems.at(data.source_key):
+        with problems.at(data.key):
             lengths, limit = _lengths(recipe, data, rows[data.key], tokenizer)
             mean = sum(lengths) / len(lengths)
             table.add_row(stage.name, f"{len(lengths):,}", f"{mean:,.1f}", f"{max(lengths):,}", limit)

@@ -7,7 +7,6 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from recipes.errors import RecipeError, shorten
@@ -107,7 +106,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Align a Mixture-of-Experts language model: SFT and online GRPO, with evals between the stages.",
         epilog="Exit codes: 0 done; 1 the run failed; 2 the recipe or the command line is wrong; 130 interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"align {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a recipe, or go on where its run stopped")
@@ -137,16 +135,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="replace keys of the recipe; values are YAML: rollout.max_length=256 stages.1.grpo.steps=20 "
-        "stages.NAME.learning_rate=1e-6",
+        help="replace keys of the recipe; values are YAML: rollout.max_length=256 stages.1.grpo.steps=20",
     )
-
-
-def _version() -> str:
-    try:
-        return version("align-moe")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

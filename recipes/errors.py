@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 SCREEN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One mistake. origin: `file:line` or the `--set` that made it. key: path of the key (`stages.1.grpo.steps`)."""
-
-    origin: str
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.origin}: {self.key}: {self.message}" if self.key else f"{self.origin}: {self.message}"
 
 
 class RecipeError(ValueError):
     """The recipe or the command line is wrong (exit code 2). The text names every problem, at most a screen of them."""
 
-    def __init__(self, problems: Iterable[Problem | str]) -> None:
-        self.problems = tuple(problems)
-        lines = [str(problem) for problem in self.problems[:SCREEN]]
-        if len(self.problems) > SCREEN:
-            lines.append(f"... and {len(self.problems) - SCREEN} more")
-        super().__init__("\n".join(lines))
+    def __init__(self, problems: Sequence[str]) -> None:
+        more = [f"... and {len(problems) - SCREEN} more"] if len(problems) > SCREEN else []
+        super().__init__("\n".join([*problems[:SCREEN], *more]))
 
 
 def shorten(text: str, lines: int = 4, width: int = 300) -> str:

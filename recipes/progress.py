@@ -6,10 +6,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
+from datetime import timedelta
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -37,55 +37,42 @@ class StageProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._total, self._console, self._every, self._clock = name, total, console, every, clock
-        self._recent: deque[tuple[float, float]] = deque([(clock(), 0.0)], maxlen=WINDOW + 1)
-        self._printed: float | None = None
-        self._first, self._live, self._task = first, None, TaskID(0)
-        if console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(24, complete_style="cyan"))
-            self._live = Progress(*columns, TextColumn("{task.fields[line]}"), console=console)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW + 1)  # (time, tokens) of each step
+        self._printed = -math.inf
+        columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(24, complete_style="cyan"))
+        self._live = Progress(
+            *columns, TextColumn("{task.fields[line]}"), console=console, disable=not console.is_terminal
+        )
+        self._task = self._live.add_task(name, total=total, completed=first, line="starting")
 
     def __enter__(self) -> StageProgress:
-        self._recent.clear()
         self._recent.append((self._clock(), 0.0))
-        if self._live is not None:
-            self._live.start()
-            self._task = self._live.add_task(self._name, total=self._total, completed=self._first, line="starting")
+        self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` (from 1) is done, with its metrics."""
         now = self._clock()
         self._recent.append((now, step_tokens(metrics)))
         line = self._line(step, metrics)
-        if self._live is not None:
-            self._live.update(self._task, completed=step, line=line)
-        elif self._printed is None or step == self._total or now - self._printed >= self._every:
+        self._live.update(self._task, completed=step, line=line)
+        if self._live.disable and (step == self._total or now - self._printed >= self._every):
             self._printed = now
             self._console.print(Text(f"{self._name}  {line}"), soft_wrap=True)
-
-    def print(self, *what: RenderableType) -> None:
-        """Print above the live line."""
-        self._console.print(*what)
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"{step:>{len(str(self._total))}}/{self._total}"]
         shown = ("reward/mean", "kl", "mismatch/k3") if "reward/mean" in metrics else ("loss",)
         parts += [f"{key.split('/')[0]} {format_number(metrics[key])}" for key in shown if key in metrics]
         seconds = self._recent[-1][0] - self._recent[0][0]
-        steps = len(self._recent) - 1
         tokens = sum(tokens for _, tokens in list(self._recent)[1:])
-        if seconds > 0:
-            if tokens > 0:
-                parts.append(f"{tokens / seconds:,.0f} tokens/s")
-            left = (self._total - step) * seconds / steps
-            parts.append(f"{format_seconds(left)} left" if step < self._total else "done")
-        return " · ".join(parts)
+        if tokens and seconds:
+            parts.append(f"{tokens / seconds:,.0f} tokens/s")
+        left = (self._total - step) * seconds / (len(self._recent) - 1)
+        return " · ".join([*parts, f"{format_seconds(left)} left" if step < self._total else "done"])
 
 
 def step_tokens(metrics: Mapping[str, float]) -> float:
@@ -96,39 +83,40 @@ def step_tokens(metrics: Mapping[str, float]) -> float:
 
 
 def format_number(value: float | None) -> str:
-    """Three decimals, or two digits and an exponent where these would hide the value; a dash for none."""
+    """0.412, 12.3, 8,412, 3.1e-05; a dash for none."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.{3 if abs(value) < 10 else 1}f}"
 
 
 def format_seconds(seconds: float) -> str:
-    """`42s`, `3m 05s`, `2h 10m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    """`0:03:05`."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def print_tax(rows: Sequence[TaxRow], console: Console, *, before: str = "before", after: str = "after") -> None:
-    """Print a tax table; a difference whose interval leaves out zero is coloured, and named in words."""
-    table = Table(title=f"{before} → {after}", title_justify="left", title_style="bold", header_style="dim", box=None)
-    table.add_column("benchmark")
-    for name in ("before", "after", "difference", "95% interval", "gained", "lost", "items"):
+    """Print a tax table, 80 columns wide with names of up to 28; a difference is coloured where its interval leaves out
+    zero."""
+    table = Table(
+        title=f"{before} → {after}", title_justify="left", title_style="bold", header_style="dim", box=None,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    table.add_column("benchmark", overflow="fold")
+    for name in ("before", "after", "diff", "95% interval", "gained", "lost"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
     for row in rows:
-        style = {1: "green", -1: "red", 0: ""}[row.verdict]
         interval = "–" if math.isnan(row.low) else f"{row.low:+.3f} … {row.high:+.3f}"
         table.add_row(
             Text(row.benchmark),
             f"{row.before:.3f}",
             f"{row.after:.3f}",
-            Text(f"{row.difference:+.3f}", style=style),
+            Text(f"{row.difference:+.3f}", style={1: "green", -1: "red", 0: ""}[row.verdict]),
             Text(interval, style="dim"),
-            *(f"{count:,}" for count in (row.gained, row.lost, row.n)),
-            Text({1: "better", -1: "worse", 0: ""}[row.verdict], style=style),
+            f"{row.gained:,}",
+            f"{row.lost:,}",
         )
     console.print(table)

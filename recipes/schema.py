@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alignment.config import EvalConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, TrackerKind, TrainConfig
-from recipes.errors import Problem, RecipeError, shorten
+from recipes.errors import RecipeError, shorten
 from recipes.source import Key, Source, read_source
 from rollout.config import Config, RolloutConfig
 from rollout.functions import nearest
@@ -20,27 +18,10 @@ from rollout.functions import nearest
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
 
 
-def _one_kind(schema: dict[str, Any]) -> None:
-    """A stage in JSON Schema: one alternative per kind, so that an editor completes its keys."""
-    kinds = schema.pop("properties")
-    for key in ("type", "additionalProperties"):
-        schema.pop(key)
-    schema["oneOf"] = [
-        {
-            "type": "object",
-            "description": kind["description"],
-            "properties": {name: next(option for option in kind["anyOf"] if "$ref" in option)},
-            "required": [name],
-            "additionalProperties": False,
-        }
-        for name, kind in kinds.items()
-    ]
-
-
 class Stage(Config):
     """One stage of a recipe: exactly one of its keys, which is its kind."""
 
-    model_config = ConfigDict(json_schema_extra=_one_kind)
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
     sft: SFTConfig | None = Field(None, exclude_if=lambda value: value is None)
     """Supervised fine-tuning."""
@@ -117,31 +98,23 @@ class Recipe(Config):
             return earlier[-1] if earlier else None
         return next(stage for stage in earlier if stage.name == named)
 
-    @model_validator(mode="after")
-    def _sections_fit(self) -> Self:
-        errors = [
-            InitErrorDetails(type=PydanticCustomError("recipe", "{message}", {"message": message}), loc=key, input=None)
-            for key, message in _misfits(self)
-        ]
-        if errors:
-            raise ValidationError.from_exception_data("Recipe", errors)
-        return self
-
 
 def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Every rule that concerns more than one section."""
     longest, budget = recipe.rollout.max_length, recipe.train.tokens_per_rank
+    no_room = f"leaves no room for a prompt: `rollout.max_length` is {longest} tokens, prompt and completion together"
     policies: list[str] = []
     names: set[str] = set()
     for index, stage in enumerate(recipe.stages):
         key, config = ("stages", index, stage.kind), stage.config
         if stage.name in names:
             yield (*key, "name"), f"two stages are called `{stage.name}`: give each its own `name`"
-        for which, named in (("from", config.from_), ("reference", _reference(config))):
+        reference = config.reference if isinstance(config, GRPOConfig) else None
+        for which, named in (("from", config.from_), ("reference", reference)):
             if named is not None and named not in policies:
                 yield (*key, which), f"no earlier policy stage is called `{named}`{nearest(named, policies)}"
         if isinstance(config, GRPOConfig) and config.max_new_tokens >= longest:
-            yield (*key, "max_new_tokens"), f"{config.max_new_tokens} leaves no room for a prompt: {_longest(longest)}"
+            yield (*key, "max_new_tokens"), no_room
         most = longest if isinstance(config, GRPOConfig) else config.max_length
         if most > budget:
             yield (*key,), f"a sequence of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
@@ -149,16 +122,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         if stage.gives_policy:
             policies.append(stage.name)
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
-        message = f"{recipe.evals.max_new_tokens} leaves no room for a prompt: {_longest(longest)}"
-        yield ("evals", "max_new_tokens"), message
-
-
-def _reference(config: SFTConfig | GRPOConfig) -> str | None:
-    return config.reference if isinstance(config, GRPOConfig) else None
-
-
-def _longest(tokens: int) -> str:
-    return f"`rollout.max_length` is {tokens} tokens, prompt and completion together"
+        yield ("evals", "max_new_tokens"), no_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +144,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     if isinstance(base_dir, str):
         values["base_dir"] = str((source.path.parent / base_dir).resolve())
     try:
-        return LoadedRecipe(Recipe.model_validate(values), source)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_problems(error, source)) from None
+        # A list whose items are wrong is reported once more by pydantic, as too short.
+        errors = [e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
+        raise RecipeError([source.problem(found["loc"], _message(found)) for found in errors]) from None
+    if problems := [source.problem(key, message) for key, message in _misfits(recipe)]:
+        raise RecipeError(problems)
+    return LoadedRecipe(recipe, source)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -193,12 +162,16 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old value -> new value` for every key in which two resolved recipes differ."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    keys = [*before, *(key for key in after if key not in before)]
-    return [
-        f"{'.'.join(map(str, key))}: {_shown(before, key)} -> {_shown(after, key)}"
-        for key in keys
-        if _shown(before, key) != _shown(after, key)
-    ]
+    lines = [(key, before.get(key, "(absent)"), after.get(key, "(absent)")) for key in before | after]
+    return [f"{key}: {was} -> {now}" for key, was, now in lines if was != now]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    children = value.items() if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else ()
+    if not children:
+        yield key, repr(value)
+    for name, child in children:
+        yield from _leaves(child, f"{key}.{name}" if key else str(name))
 
 
 def json_schema() -> dict[str, Any]:
@@ -207,63 +180,33 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    if isinstance(value, Mapping) and value:
-        children: Iterable[tuple[str | int, Any]] = value.items()
-    elif isinstance(value, list | tuple) and value:
-        children = enumerate(value)
-    else:
-        yield key, value
-        return
-    for name, child in children:
-        yield from _leaves(child, (*key, name))
-
-
-def _shown(leaves: Mapping[Key, Any], key: Key) -> str:
-    return repr(leaves[key]) if key in leaves else "(absent)"
-
-
-def _problems(error: ValidationError, source: Source) -> list[Problem]:
-    schema = Recipe.model_json_schema(by_alias=True)
-    # A list whose items are wrong is reported once more by pydantic, as too short.
-    errors = [e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
-    return [source.problem(found["loc"], _message(found, schema)) for found in errors]
-
-
-def _message(found: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+def _message(found: Mapping[str, Any]) -> str:
     """One error of pydantic's in the words of a recipe's author."""
+    got = shorten(repr(found["input"]), lines=1, width=60)
     match found["type"]:
         case "extra_forbidden":
-            return f"unknown key{nearest(str(found['loc'][-1]), _known_keys(schema, found['loc'][:-1]))}"
+            return f"unknown key{nearest(str(found['loc'][-1]), _known_keys(found['loc'][:-1]))}"
         case "missing":
             return "this key is required"
         case "value_error":
             return str(found["ctx"]["error"])
-        case "recipe":
-            return found["msg"]
-        case "literal_error":
-            return f"{_got(found)} is not one of {found['ctx']['expected']}"
         case "model_type":
-            return f"should be a section of keys, not {_got(found)}"
-    return f"{found['msg'].removeprefix('Input ')}, not {_got(found)}"
+            return f"should be a section of keys, not {got}"
+    return f"{found['msg'].removeprefix('Input ')}, not {got}"
 
 
-def _got(found: Mapping[str, Any]) -> str:
-    return shorten(repr(found["input"]), lines=1, width=60)
-
-
-def _known_keys(schema: Mapping[str, Any], key: Key) -> set[str]:
-    """The keys that a section may have, looked up in the JSON Schema."""
-    nodes = _alternatives(schema, schema)
+def _known_keys(key: Key) -> list[str]:
+    """The keys that the section at `key` may have."""
+    section: type[BaseModel] = Recipe
     for part in key:
-        inner = ("items",) if isinstance(part, int) else ("properties", part)
-        children = [reduce(lambda found, name: found.get(name, {}), inner, node) for node in nodes]
-        nodes = [node for child in children for node in _alternatives(child, schema)]
-    return {name for node in nodes for name in node.get("properties", {})}
+        if isinstance(part, str):  # an index stays in the section that the list is of
+            fields = section.model_fields.items()
+            section = _section(next(field.annotation for name, field in fields if part in (name, field.alias)))
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
-def _alternatives(node: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    if "$ref" in node:
-        return _alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
-    options = [*node.get("anyOf", ()), *node.get("oneOf", ())]
-    return [found for option in options for found in _alternatives(option, schema)] or [node]
+def _section(annotation: Any) -> Any:
+    """The section's class inside `X`, `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

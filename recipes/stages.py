@@ -16,7 +16,7 @@ from rich.console import Console
 from alignment.config import GRPOConfig, SFTConfig
 from alignment.evals import run_evals
 from alignment.grpo import GRPOStep, grpo
-from alignment.metrics import MetricsLog, Trackers
+from alignment.metrics import MetricsLog, Trackers, plain_number
 from alignment.sft import SFTStep, sft
 from alignment.tax import compare
 from hybrid_engine.checkpoint import latest_checkpoint, prune, step_dir
@@ -174,8 +174,8 @@ def _samples(done: GRPOStep) -> list[dict[str, Any]]:
             "prompt_index": group.prompt.index,
             "prompt": group.prompt.text,
             "completion": completion.text,
-            "reward": float(group.scores.total[g]),
-            "parts": {name: float(values[g]) for name, values in group.scores.parts.items()},
+            "reward": plain_number("reward", group.scores.total[g]),
+            "parts": {name: plain_number(name, values[g]) for name, values in group.scores.parts.items()},
             "finish_reason": completion.finish_reason,
         }
         for g, completion in enumerate(group.completions)

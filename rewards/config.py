@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -30,12 +29,3 @@ class RewardConfig(Config):
     def label(self) -> str:
         """The reward's name in metrics and reports."""
         return self.name or self.function.rpartition(":")[2]
-
-
-def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
-    """The name of each reward in metrics: its `name`, or the function's own. ValueError when two are alike."""
-    names = [config.label for config in configs]
-    for position, name in enumerate(names):
-        if name in names[:position]:
-            raise ValueError(f"two rewards are called {name!r}: give one of them another `name:`")
-    return names

@@ -8,9 +8,7 @@ from typing import Any
 from rewards.text import completion_text
 
 
-def exact_match(
-    completions: Sequence[Any], answer: Sequence[Any], ignore_case: bool = False, **kwargs: Any
-) -> list[float]:
+def exact_match(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float]:
     """1.0 where the completion equals the row's `answer`, surrounding white space aside; else 0.0.
 
     An answer that is no string (a number in the dataset) is compared as Python prints it.
@@ -18,11 +16,7 @@ def exact_match(
     >>> exact_match(completions=[" 42\\n", "41"], answer=["42", "42"])
     [1.0, 0.0]
     """
-
-    def normal(text: str) -> str:
-        return text.strip().casefold() if ignore_case else text.strip()
-
     return [
-        float(normal(completion_text(completion)) == normal(str(gold)))
+        float(completion_text(completion).strip() == str(gold).strip())
         for completion, gold in zip(completions, answer, strict=True)
     ]

@@ -1,16 +1,13 @@
-"""A reward function from its spec, with its signature checked against what TRL's GRPOTrainer passes."""
+"""What can be known of a reward function before it is called: its signature against what TRL's GRPOTrainer passes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from rewards.config import RewardConfig
 from rollout.functions import load_function, nearest
-
-if TYPE_CHECKING:  # a worker process loads functions without pydantic
-    from rewards.config import RewardConfig
 
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What every call passes by keyword, besides the row's columns and the recipe's `args` (TRL 1.16's GRPOTrainer)."""
@@ -18,74 +15,29 @@ NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 """Columns that TRL does not hand on."""
 
 
-def load_reward(spec: str, args: Mapping[str, Any], base_dir: Path) -> Callable[..., Any]:
-    """Load a reward function and see that it takes what every call passes.
-
-    TRL calls `f(prompts=..., completions=..., completion_ids=..., trainer_state=..., log_extra=..., log_metric=...,
-    **columns)`, so a function without `**kwargs` must name all of these. `args` must be named parameters.
-
-    Raises ValueError: as `load_function`, or naming what the signature lacks.
-    """
-    function = load_function(spec, base_dir)
-    if inspect.isclass(function):
-        raise ValueError(f"reward {spec!r} is a class: name a function, or an instance of the class with __call__")
-    parameters = _parameters(spec, function)
-    named = _named(parameters)
-    unknown = [key for key in args if key not in named]
-    if unknown:
-        raise ValueError(f"reward {spec!r}: `args` has {unknown[0]!r}, no parameter of it{nearest(unknown[0], named)}")
-    _refuse_unaccepted(spec, parameters, (*PASSED, *args))
-    return function
-
-
 def check_reward(config: RewardConfig, base_dir: Path, columns: Set[str]) -> None:
-    """What `align check` can know of a reward: it imports, and a call with the dataset's `columns` fits its signature.
+    """See that the function imports, and that a call with the dataset's `columns` fits its signature.
 
-    Raises ValueError: as `load_reward`; a parameter without default that is no column (the nearest is offered); a
-    column the function does not take; a column that has the name of something passed anyway or set in `args`.
+    Raises ValueError: as `load_function`; an argument in `args` that is no named parameter, a parameter without default
+    that nothing gives (the nearest name is offered); an argument that the function does not take (TRL's functions have
+    `**kwargs` for what they do not use), or that two sides give.
     """
-    function = load_reward(config.function, config.args, base_dir)
-    passed = columns - NOT_COLUMNS
-    for name in sorted(passed):
-        if name in PASSED:
-            raise ValueError(f"column {name!r} has the name of an argument that every reward gets: rename the column")
-        if name in config.args:
-            raise ValueError(
-                f"reward {config.function!r}: {name!r} is a column of the dataset and set in `args` too: keep one"
-            )
-    parameters = _parameters(config.function, function)
-    for name, parameter in parameters.items():
-        wanted = parameter.default is parameter.empty and name in _named(parameters)
-        if wanted and name not in passed and name not in PASSED and name not in config.args:
-            raise ValueError(
-                f"reward {config.function!r} needs {name!r}, which is neither a column of the dataset nor in "
-                f"`args`{nearest(name, passed)}"
-            )
-    _refuse_unaccepted(config.function, parameters, sorted(passed))
-
-
-def _parameters(spec: str, function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    reward, passed = f"reward {config.function!r}", columns - NOT_COLUMNS
+    signature = inspect.signature(load_function(config.function, base_dir))
+    if twice := sorted(passed & {*PASSED, *config.args}):
+        raise ValueError(f"{reward} gets {twice[0]!r} in any case: the dataset's column needs another name")
+    given = {*PASSED, *passed, *config.args}
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind not in variadic]
+    names = [parameter.name for parameter in named]
+    for name in config.args:
+        if name not in names:
+            raise ValueError(f"{reward}: `args` has {name!r}, no parameter of it{nearest(name, names)}")
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in given:
+            hint = nearest(parameter.name, passed)
+            raise ValueError(f"{reward} needs {parameter.name!r}, neither a column of the dataset nor in `args`{hint}")
     try:
-        parameters = inspect.signature(function).parameters
-    except ValueError as error:
-        raise ValueError(f"reward {spec!r} has no readable signature: wrap it in a Python function") from error
-    for parameter in parameters.values():
-        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
-            raise ValueError(f"reward {spec!r}: {parameter.name!r} is positional-only; rewards are called by keyword")
-    return parameters
-
-
-def _named(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, parameter in parameters.items() if parameter.kind in kinds]
-
-
-def _refuse_unaccepted(spec: str, parameters: Mapping[str, inspect.Parameter], passed: Iterable[str]) -> None:
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    lacking = [name for name in passed if name not in _named(parameters)]
-    if lacking:
-        raise ValueError(
-            f"reward {spec!r} is called with {', '.join(map(repr, lacking))} by keyword and takes no such argument: "
-            "add **kwargs to its signature (TRL's GRPOTrainer asks for the same)"
-        )
+        signature.bind(**dict.fromkeys(sorted(given)))
+    except TypeError as error:
+        raise ValueError(f"{reward} {error}: add **kwargs for what it does not use, as TRL asks") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ def correct(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) ->
     others, what math-verify finds: `\boxed{...}`, LaTeX, "the answer is ...", the last number. A completion without a
     readable answer, or with one that takes over three seconds to read or compare, scores 0.0.
 
+    Call it from the main thread, as a reward's worker does: math-verify's time limits are signals.
     Raises ValueError for a gold answer that cannot be read: that is the dataset's fault, not the model's.
 
     >>> correct(completions=[r"So it is \boxed{\frac{1}{2}}.", "#### 3"], answer=["0.5", "1 + 1 = 2\n#### 2"])
@@ -38,23 +38,14 @@ def correct(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) ->
 
 @functools.lru_cache(maxsize=4096)  # a group's completions repeat each other, and share the gold answer
 def _equal(gold: str, completion: str) -> bool:
-    return verify(_gold(gold), _read(completion), timeout_seconds=_alarm())
+    expected = _read(gold)
+    if not expected:
+        raise ValueError(f"math-verify reads no answer in the gold answer {gold!r:.200}")
+    return verify(expected, _read(completion), timeout_seconds=LIMIT)
 
 
 @functools.lru_cache(maxsize=4096)
-def _gold(gold: str) -> list[Any]:
-    found = _read(gold)
-    if not found:
-        raise ValueError(f"math-verify reads no answer in the gold answer {gold!r:.200}")
-    return found
-
-
 def _read(text: str) -> list[Any]:
     """math-verify's readings of the answer in `text`; empty when there is none."""
     _, mark, answer = text.rpartition(GSM8K_MARK)
-    return parse(answer.strip().partition("\n")[0] if mark else text, parsing_timeout=_alarm())
-
-
-def _alarm() -> int | None:
-    """math-verify's limits are signals, which the main thread alone gets; a reward's worker calls from there."""
-    return LIMIT if threading.current_thread() is threading.main_thread() else None
+    return parse(answer.strip().partition("\n")[0] if mark else text, parsing_timeout=LIMIT)

@@ -1,25 +1,23 @@
 """Rewards scored by killable worker processes, in the background.
 
-submit(groups) ──> one queue per reward ──> its worker process(es): one call with all completions
-                                              │ the call fails: every completion alone, to find the culprit
+submit(groups) ──> one thread per reward ──> its worker process: one call with all completions
+                                               │ the call fails: every completion alone, to find the culprit
                    Future[list[Scores]] <── weighted sum, when every reward has answered
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rewards.base import RewardError
-from rewards.config import RewardConfig, reward_names
+from rewards.config import RewardConfig
 from rewards.loader import NOT_COLUMNS
 from rewards.process import WorkerProcess
 from rewards.worker import Batch, Reply
@@ -30,59 +28,43 @@ class RewardPool:
     """Scores groups with a stage's reward functions (implements `rewards.base.Scorer`).
 
     A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL. A
-    completion to which no function applies has total NaN, leaves its group and is counted in `not_applicable`.
+    completion to which no function applies has total NaN and leaves its group.
 
-    on_error "stop": the future raises RewardError. "mask": the completions at fault have total NaN and are counted in
-    `masked/<name>`; the others' rewards come from one more call without them, never from calls with one completion
-    alone, whose values a function that compares completions would get wrong.
+    on_error "stop": the future raises RewardError. "mask": the completions at fault have total NaN; the others' rewards
+    come from one more call without them, never from calls with one completion alone, whose values a function that
+    compares completions would get wrong.
 
-    Scores.extra of each group: columns of `log_extra` (lists of G; a column that two functions log is called
-    `<name>/<column>` the second time), `log_metric` values (floats of the whole submission), `not_applicable` and,
-    for each reward with on_error "mask", `masked/<name>` (counts in the group).
+    Scores.extra: columns of `log_extra` (lists of G) and values of `log_metric` (floats of the whole submission); where
+    two functions log one name, the later function's.
 
     Example: `with RewardPool(stage.rewards, recipe_dir) as pool: scores = pool.submit(groups, {}).result()`.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], base_dir: Path, workers: int = 1) -> None:
-        """Launch `workers` processes per reward; returns before they are ready.
+    def __init__(self, configs: Sequence[RewardConfig], base_dir: Path) -> None:
+        """Start a process per reward; returns before they are ready. The calling thread must outlive the pool.
 
-        With one worker, a function that keeps state sees every batch, in order of submission. ValueError for two
-        rewards of one name. A function that cannot be loaded makes the futures raise RewardError.
+        A function sees every batch, in order of submission. One that cannot be loaded makes the futures raise.
         """
-        names = reward_names(configs)
-        self._lanes = [_Lane(name, config, queue.SimpleQueue()) for name, config in zip(names, configs, strict=True)]
-        self._processes: list[WorkerProcess] = []
-        self._threads: list[threading.Thread] = []
-        self._workers = workers
-        self._closed = False
-        for lane in self._lanes:
-            for _ in range(workers):
-                process = WorkerProcess(lane.config.function, lane.config.args, base_dir)
-                # Daemons: an exception in the main thread must not wait for a reward that hangs.
-                thread = threading.Thread(target=_serve, args=(lane, process), name=f"reward {lane.name}", daemon=True)
-                thread.start()
-                self._processes.append(process)
-                self._threads.append(thread)
+        self._configs = configs
+        self._processes = [WorkerProcess(config.function, config.args, base_dir) for config in configs]
+        self._threads = [ThreadPoolExecutor(1) for _ in configs]
+        self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
-        """As `Scorer.submit`. Raises RewardError at once when the pool is closed."""
-        if self._closed:
-            raise RewardError("the reward pool is closed")
-        submission = _Submission(self._lanes, groups, trainer_state)
-        for index, lane in enumerate(self._lanes):
-            lane.jobs.put((submission, index))
-        return submission.future
+        """As `Scorer.submit`."""
+        batch = _batch(groups, trainer_state)
+        replies = [
+            thread.submit(_score, config, process, groups, batch)
+            for thread, config, process in zip(self._threads, self._configs, self._processes, strict=True)
+        ]
+        return self._sum.submit(_combine, groups, self._configs, replies)
 
     def close(self) -> None:
         """Kill every worker; futures that are not done raise RewardError. Safe to call twice."""
-        self._closed = True
         for process in self._processes:
             process.close()
-        for lane in self._lanes:
-            for _ in range(self._workers):
-                lane.jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        for thread in (*self._threads, self._sum):
+            thread.shutdown()
 
     def __enter__(self) -> RewardPool:
         return self
@@ -91,122 +73,79 @@ class RewardPool:
         self.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    """One reward function and the queue of its jobs: (submission, index of the lane), or None to end."""
-
-    name: str
-    config: RewardConfig
-    jobs: queue.SimpleQueue[tuple[_Submission, int] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What one function gave. values: [N], NaN for None and where masked. masked: [N] bool."""
-
-    values: np.ndarray
-    masked: np.ndarray
-    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
+    """A column that some rows lack is None there, as in a `datasets.Dataset`."""
+    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+    names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS)
+    columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in rows] for name in names}
+    columns["prompts"] = [prompt.text for prompt, _ in rows]
+    columns["completions"] = [
+        one.text if isinstance(prompt.text, str) else [{"role": "assistant", "content": one.text}]
+        for prompt, one in rows
+    ]
+    return Batch(columns, [np.asarray(one.token_ids, np.int32).tobytes() for _, one in rows], trainer_state)
 
 
-class _Submission:
-    """Some groups on their way through every reward; the last outcome completes the future, the first error ends it."""
-
-    def __init__(self, lanes: Sequence[_Lane], groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> None:
-        self.groups = groups
-        self.batch = _batch(groups, trainer_state)
-        self.places = [(group.prompt.index, position) for group in groups for position in range(len(group.completions))]
-        self.future: Future[list[Scores]] = Future()
-        self.future.set_running_or_notify_cancel()  # a submission cannot be cancelled
-        self._lanes = lanes
-        self._outcomes: dict[int, _Outcome] = {}
-        self._lock = threading.Lock()
-
-    def deliver(self, index: int, outcome: _Outcome) -> None:
-        with self._lock:
-            self._outcomes[index] = outcome
-            if len(self._outcomes) == len(self._lanes):
-                outcomes = [self._outcomes[index] for index in range(len(self._lanes))]
-                self.future.set_result(_combine(self.groups, self._lanes, outcomes))
-
-    def fail(self, error: BaseException) -> None:
-        with self._lock:
-            if not self.future.done():
-                self.future.set_exception(error)
-
-
-def _serve(lane: _Lane, process: WorkerProcess) -> None:
-    """A thread per worker process, which must outlive it (see `WorkerProcess`)."""
-    broken: Exception | None = None
-    try:
-        process.launch()
-    except (OSError, RewardError) as error:
-        broken = error
-    while (job := lane.jobs.get()) is not None:
-        submission, index = job
-        try:
-            if broken is not None:
-                raise broken
-            submission.deliver(index, _score(lane, process, submission))
-        except Exception as error:  # whatever it is, it belongs to the one who waits for the future
-            submission.fail(error)
-
-
-def _score(lane: _Lane, process: WorkerProcess, submission: _Submission) -> _Outcome:
-    """One function's values of one submission; RewardError as its `on_error` says."""
-    batch, config = submission.batch, lane.config
-    size = len(batch.texts)
+def _score(config: RewardConfig, process: WorkerProcess, groups: Sequence[Group], batch: Batch) -> Reply:
+    """One function's values of a submission, a str where the completion is masked; RewardError as `on_error` says."""
+    tried = size = len(batch.token_ids)
     reply = process.call(batch, config.timeout)
+    faults = {position: value for position, value in enumerate(reply.values) if isinstance(value, str)}
+    if reply.failure is not None:
+        faults, tried = _one_by_one(config, process, batch)
+    if config.on_error == "stop" and (faults or reply.failure is not None):
+        raise _error(config, groups, reply, faults, tried)
     if reply.failure is None:
-        if reply.faults and config.on_error == "stop":
-            raise _error(lane, submission, reply, reply.faults, size)
-        return _outcome(reply, range(size), size)
-    faults, tried = _one_by_one(process, batch, config)
-    if config.on_error == "stop":
-        raise _error(lane, submission, reply, faults, tried)
+        return reply
     sound = [position for position in range(tried) if position not in faults]
     if faults and sound:
         again = process.call(batch.select(sound), config.timeout)
         if again.failure is None:
-            return _outcome(again, sound, size)
-    return _Outcome(np.full(size, np.nan), np.ones(size, bool))
+            extra = {column: _spread(logged, sound, [None] * size) for column, logged in again.extra.items()}
+            return Reply(values=_spread(again.values, sound, ["masked"] * size), extra=extra, metrics=again.metrics)
+    return Reply(values=["masked"] * size)
 
 
-def _one_by_one(process: WorkerProcess, batch: Batch, config: RewardConfig) -> tuple[dict[int, str], int]:
+def _spread(values: Sequence[Any], positions: Sequence[int], others: list[Any]) -> list[Any]:
+    given = dict(zip(positions, values, strict=True))
+    return [given.get(position, other) for position, other in enumerate(others)]
+
+
+def _one_by_one(config: RewardConfig, process: WorkerProcess, batch: Batch) -> tuple[dict[int, str], int]:
     """Call the function with each completion alone: position -> what went wrong, and how many were tried.
 
     To stop the run one culprit is enough; after two time limits a batch that timed out was merely slow. To mask,
     every culprit is wanted, and each one that hangs costs a time limit: after ten the rest counts as untried.
     """
     stop = config.on_error == "stop"
-    process.await_ready()  # the time that loading takes is not the function's
+    process.ready()  # the time that loading takes is not the function's
     deadline = time.monotonic() + config.timeout * (2 if stop else 10)
     faults: dict[int, str] = {}
-    for position in range(len(batch.texts)):
+    for position in range(len(batch.token_ids)):
         if time.monotonic() > deadline or (stop and faults):
             return faults, position
         reply = process.call(batch.select([position]), config.timeout)
-        fault = reply.failure or reply.faults.get(0)
-        if fault is not None:
+        fault = reply.failure or reply.values[0]
+        if isinstance(fault, str):
             faults[position] = fault
-    return faults, len(batch.texts)
+    return faults, len(batch.token_ids)
 
 
-def _error(lane: _Lane, submission: _Submission, reply: Reply, faults: Mapping[int, str], tried: int) -> RewardError:
-    reward = f"reward {lane.name!r} ({lane.config.function})"
-    size = len(submission.places)
+def _error(
+    config: RewardConfig, groups: Sequence[Group], reply: Reply, faults: Mapping[int, str], tried: int
+) -> RewardError:
+    reward = f"reward {config.label!r} ({config.function})"
+    places = [(group.prompt.index, position) for group in groups for position in range(len(group.completions))]
     if faults:
         position, cause = min(faults.items())
-        row, completion = submission.places[position]
+        row, completion = places[position]
         message = f"{reward}, dataset row {row} (counted from 0), completion {completion} of its group: {cause}"
         if reply.failure not in (None, cause):
-            message += f"; the call with all {size} completions: {reply.failure}"
+            message += f"; the call with all {len(places)} completions: {reply.failure}"
     else:
-        passed = "every completion passed" if tried == size else f"the first {tried} passed, no time for the rest"
         message = (
-            f"{reward}: the call with all {size} completions failed: {reply.failure}; called with one completion at a "
-            f"time, {passed}. Look for what depends on the whole batch (its size, state, `timeout`)"
+            f"{reward}: the call with all {len(places)} completions failed: {reply.failure}; with one at a time, the "
+            f"first {tried} passed. Look for what depends on the whole batch (its size, state, `timeout`)"
         )
     error = RewardError(message)
     if reply.trace:
@@ -214,55 +153,28 @@ def _error(lane: _Lane, submission: _Submission, reply: Reply, faults: Mapping[i
     return error
 
 
-def _outcome(reply: Reply, positions: Sequence[int], size: int) -> _Outcome:
-    """A reply about the completions at `positions`, spread over the submission; the others are masked."""
-    at = np.asarray(positions)
-    values, masked = np.full(size, np.nan), np.ones(size, bool)
-    values[at] = [np.nan if value is None else value for value in reply.values]
-    masked[at] = [position in reply.faults for position in range(len(at))]
-    extra = {column: [None] * size for column in reply.extra}
-    for column, logged in reply.extra.items():
-        for position, value in zip(positions, logged, strict=True):
-            extra[column][position] = value
-    return _Outcome(values, masked, extra, reply.metrics)
-
-
-def _combine(groups: Sequence[Group], lanes: Sequence[_Lane], outcomes: Sequence[_Outcome]) -> list[Scores]:
-    """The weighted sum of what applies (TRL's nansum). R rewards, N completions of all groups."""
-    values_RN = np.stack([outcome.values for outcome in outcomes])
-    weights_R = np.array([lane.config.weight for lane in lanes])
-    masked_N = np.any([outcome.masked for outcome in outcomes], axis=0)
-    unscored_N = np.isnan(values_RN).all(axis=0) & ~masked_N
-    total_N = np.where(masked_N | unscored_N, np.nan, np.nansum(weights_R[:, None] * values_RN, axis=0))
-    metrics: dict[str, float] = {}
-    columns: dict[str, Sequence[Any]] = {}
-    for lane, outcome in zip(lanes, outcomes, strict=True):
-        for name, value in outcome.metrics.items():
-            metrics[f"{lane.name}/{name}" if name in metrics else name] = value
-        for name, values in outcome.extra.items():
-            columns[f"{lane.name}/{name}" if name in columns else name] = values
-    scores, start = [], 0
+def _combine(
+    groups: Sequence[Group], configs: Sequence[RewardConfig], futures: Sequence[Future[Reply]]
+) -> list[Scores]:
+    replies = [future.result() for future in futures]
+    columns = {name: values for reply in replies for name, values in reply.extra.items()}
+    metrics = {name: value for reply in replies for name, value in reply.metrics.items()}
+    totals = [_total(values, configs) for values in zip(*(reply.values for reply in replies), strict=True)]
+    parts = {
+        config.label: [value if isinstance(value, float) else math.nan for value in reply.values]
+        for config, reply in zip(configs, replies, strict=True)
+    }
+    scores, end = [], 0
     for group in groups:
-        own = slice(start, start + len(group.completions))
-        start = own.stop
+        own = slice(end, end := end + len(group.completions))
         extra = {name: values[own] for name, values in columns.items()} | metrics
-        extra["not_applicable"] = int(unscored_N[own].sum())
-        for lane, outcome in zip(lanes, outcomes, strict=True):
-            if lane.config.on_error == "mask":
-                extra[f"masked/{lane.name}"] = int(outcome.masked[own].sum())
-        parts = {lane.name: values[own] for lane, values in zip(lanes, values_RN, strict=True)}
-        scores.append(Scores(total_N[own], parts, extra))
+        scores.append(Scores(np.array(totals[own]), {name: np.array(part[own]) for name, part in parts.items()}, extra))
     return scores
 
 
-def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
-    """A column that some rows lack is None there, as in a `datasets.Dataset`."""
-    names = {name: None for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS}
-    return Batch(
-        prompts=[group.prompt.text for group in groups],
-        columns={name: [group.prompt.columns.get(name) for group in groups] for name in names},
-        group=[index for index, group in enumerate(groups) for _ in group.completions],
-        texts=[one.text for group in groups for one in group.completions],
-        token_ids=[np.asarray(one.token_ids, np.int32).tobytes() for group in groups for one in group.completions],
-        state=trainer_state,
-    )
+def _total(values: Sequence[float | str | None], configs: Sequence[RewardConfig]) -> float:
+    """A completion's weighted sum of what applies (TRL's nansum); NaN where nothing does, or a function failed."""
+    weighted = [
+        config.weight * value for config, value in zip(configs, values, strict=True) if isinstance(value, float)
+    ]
+    return sum(weighted) if weighted and not any(isinstance(value, str) for value in values) else math.nan

@@ -21,11 +21,11 @@ LOAD_LIMIT = 300.0
 
 
 class WorkerProcess:
-    """One process with one reward function loaded.
+    """One process with one reward function, loading from the start; started again after a hang or a death.
 
     A fresh interpreter: it inherits no torch, Ray or CUDA state, and the parent's `__main__` is not run again.
-    It leads its own session, so that Ctrl-C does not reach it and `kill` takes its children along. What it prints
-    goes to standard error. The kernel kills it when the thread that launched it ends.
+    It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. What it prints
+    goes to standard error. The kernel kills it when the thread that started it ends.
     """
 
     def __init__(self, spec: str, args: Mapping[str, Any], base_dir: Path) -> None:
@@ -33,12 +33,32 @@ class WorkerProcess:
         self._setup = pickle.dumps((spec, dict(args), base_dir))
         self._lock = threading.Lock()
         self._closed = False
-        self._ready = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._launch()
 
-    def launch(self) -> None:
-        """Start the process and return at once; `call` waits until the function is loaded."""
-        ours, theirs = Pipe()
+    def ready(self) -> None:
+        """Wait until the function is loaded; RewardError when it cannot be, or the worker is closed."""
+        if self._process.returncode is not None:
+            self._launch()
+        if not self._loaded:
+            failure = self._exchange(LOAD_LIMIT).failure
+            if failure is not None:
+                self._kill()
+                raise RewardError("the reward pool is closed" if self._closed else f"reward {self._spec!r}: {failure}")
+            self._loaded = True
+
+    def call(self, batch: Batch, limit: float) -> Reply:
+        """Score `batch` within `limit` seconds; a hang or a death is a `Reply` with `failure`. Raises as `ready`."""
+        self.ready()
+        return self._exchange(limit, batch)
+
+    def close(self) -> None:
+        """Kill the process for good; a `call` after it raises RewardError."""
+        with self._lock:
+            self._closed = True
+        self._kill()
+
+    def _launch(self) -> None:
+        self._connection, theirs = Pipe()
         bootstrap = (
             f"import sys; sys.path[:] = {sys.path!r}; from rewards.worker import main; "
             f"main({theirs.fileno()}, {os.getpid()}, {self._setup!r})"
@@ -46,8 +66,7 @@ class WorkerProcess:
         with self._lock, theirs:
             if self._closed:
                 raise RewardError("the reward pool is closed")
-            self._ready = False
-            self._connection = ours
+            self._loaded = False
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", bootstrap],
                 pass_fds=(theirs.fileno(),),
@@ -56,55 +75,23 @@ class WorkerProcess:
                 start_new_session=True,
             )
 
-    def await_ready(self) -> None:
-        """Wait until the function is loaded; RewardError when it cannot be."""
-        if self._process is None:
-            self.launch()
-        if self._ready:
-            return
+    def _exchange(self, limit: float, *batches: Batch) -> Reply:
+        """Send, and wait for the next message; without one the process is dead afterwards."""
         try:
-            problem = self._connection.recv() if self._connection.poll(LOAD_LIMIT) else f"took over {LOAD_LIMIT:g} s"
-        except (EOFError, ConnectionError):
-            problem = f"its process {self._ending()}"
-        if problem is not None:
-            self._kill()
-            self._process = None
-            raise RewardError("the reward pool is closed" if self._closed else f"reward {self._spec!r}: {problem}")
-        self._ready = True
-
-    def call(self, batch: Batch, limit: float) -> Reply:
-        """Score `batch` within `limit` seconds. A hang or a death is a `Reply` with `failure`, and a new process.
-
-        Raises RewardError when the function cannot be loaded, or the worker is closed.
-        """
-        self.await_ready()
-        try:
-            self._connection.send(batch)
+            for batch in batches:
+                self._connection.send(batch)
             if self._connection.poll(limit):
                 return self._connection.recv()
             self._kill()
-            failure = f"gave no answer within {limit:g} s"
+            return Reply(failure=f"gave no answer within {limit:g} s")
         except (EOFError, ConnectionError):
-            failure = f"its process {self._ending()}"
-        self.launch()
-        return Reply(failure=failure)
-
-    def close(self) -> None:
-        """Kill the process for good; a `call` under way in another thread raises RewardError."""
-        with self._lock:
-            self._closed = True
-        self._kill()
-
-    def _ending(self) -> str:
-        """How the process ended; the kill comes too late for one that has exited, and leaves its exit code alone."""
-        code = self._kill()
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            code = self._kill()  # too late for one that has exited: its exit code stays
+            end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return Reply(failure=f"its process {end}")
 
     def _kill(self) -> int:
         """Kill the process and its children, and return its exit code (negative: the signal)."""
         with self._lock:
-            if self._process is None:  # never launched
-                return 0
             if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)  # not yet waited for, so the id is still its own
             return self._process.wait()

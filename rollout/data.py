@@ -23,19 +23,13 @@ def load_rows(config: DataConfig, base_dir: Path, data_dir: Path | None = None) 
 
     Raises `ValueError` naming the file or function, and the row or line, when the data is not what it should be.
     """
-    if (config.path is None) == (config.function is None):
-        raise ValueError("a dataset needs exactly one of `path` and `function`")
     if config.function is not None:
         source, rows = config.function, _function_rows(config.function, config.args, base_dir)
     else:
         source, rows = _path_rows(config, data_dir or base_dir)
     if not rows:
         raise ValueError(f"{source}: the dataset is empty")
-    rows = rows[: config.limit]
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{source}, row {index}: expected an object with columns, got {type(row).__name__}")
-    return [_rename(row, config.columns, source, index) for index, row in enumerate(rows)]
+    return [_rename(row, config.columns, f"{source}, row {index}") for index, row in enumerate(rows[: config.limit])]
 
 
 def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -48,10 +42,12 @@ def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
                 yield from (field for field in fields if field and isinstance(field, str))
 
 
-def _rename(row: Row, columns: Mapping[str, str], source: str, index: int) -> Row:
+def _rename(row: Any, columns: Mapping[str, str], where: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with columns, got {type(row).__name__}")
     missing = [old for old in columns.values() if old not in row]
     if missing:
-        raise ValueError(f"{source}, row {index}: no column `{missing[0]}`; there are: {', '.join(row)}")
+        raise ValueError(f"{where}: no column `{missing[0]}`; there are: {', '.join(row)}")
     return row | {new: row[old] for new, old in columns.items()}
 
 

@@ -26,15 +26,18 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
 
     Example: `load_function("./my_rules.py:no_boilerplate", Path("recipes"))`.
     """
-    source, colon, name = spec.rpartition(":")
-    if not colon or not source or not name.isidentifier():
+    source, _, name = spec.rpartition(":")
+    if not source or not name.isidentifier():
         raise ValueError(f"{spec!r} does not name a function: write `module:function` or `file.py:function`")
+    path = (base_dir / source).resolve() if source.endswith(".py") else None
+    if path is not None and not path.is_file():
+        raise ValueError(
+            f"{spec!r}: no such file: {path}{nearest(path.name, [o.name for o in path.parent.glob('*.py')])}"
+        )
     try:
-        module = _from_file(spec, (base_dir / source).resolve()) if source.endswith(".py") else _from_name(spec, source)
+        module = importlib.import_module(source) if path is None else _from_file(path)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way, a script may even call exit()
-        if isinstance(error, _NotFound):
-            raise ValueError(str(error)) from None
-        raise ValueError(f"{spec!r}: importing {source} failed: {_cause(error)}") from error
+        raise ValueError(f"{spec!r}: importing {source} failed: {describe_error(error, path and str(path))}") from error
     try:
         function = getattr(module, name)  # not vars(): packages that load lazily have their names in no dict
     except AttributeError:
@@ -54,14 +57,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 
 
-class _NotFound(ValueError):
-    """The module or file itself is absent (as against: it is there, and its import fails)."""
+def describe_error(error: BaseException, file: str | None) -> str:
+    """`ValueError: what it says (rules.py, line 12: the line)`: the deepest line in `file` on the way to the error.
+
+    Without a file: the deepest line that is not the import system's.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    own = [f for f in frames if (f.filename == file if file else f.filename not in (__file__, importlib.__file__))]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
-def _from_file(spec: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        neighbours = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise _NotFound(f"{spec!r}: there is no file {path}{nearest(path.name, neighbours)}")
+def _from_file(path: Path) -> ModuleType:
     # Not the bare stem: a user's `math.py` or `code.py` must not stand for the standard library's.
     name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:
@@ -78,28 +85,3 @@ def _from_file(spec: str, path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _from_name(spec: str, source: str) -> ModuleType:
-    try:
-        return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (source == error.name or source.startswith(error.name + ".")):
-            raise _NotFound(
-                f"{spec!r}: there is no module {error.name!r} on Python's path; for a file beside the recipe "
-                f"write `{source.rpartition('.')[2]}.py:...`"
-            ) from None
-        raise
-
-
-def _cause(error: BaseException) -> str:
-    """Type, message, and the last line of the user's own code on the way to the error."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen") and frame.filename not in (__file__, importlib.__file__)
-    ]
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jinja2
 import numpy as np
 import xxhash
 
-from rollout.types import Prompt, Text
+from rollout.types import Prompt, Text, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,68 +21,43 @@ def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
     A string is tokenised as it is, special tokens as the tokenizer adds them; chat messages go through the chat
     template with the generation prompt. Raises `ValueError` naming `source` and the row.
     """
-    for index, row in enumerate(rows):
-        if "prompt" not in row:
-            raise ValueError(
-                f"{source}, row {index}: no column `prompt`; there are: {', '.join(row)} "
-                "(`columns: {prompt: NAME}` renames one)"
-            )
-    where = [f"{source}, row {index}, column `prompt`" for index in range(len(rows))]
-    texts = [row["prompt"] for row in rows]
-    encoded = encode_texts(texts, tokenizer, where, add_generation_prompt=True)
     prompts = []
-    for index, (row, token_ids) in enumerate(zip(rows, encoded, strict=True)):
+    for index, row in enumerate(rows):
+        where = f"{source}, row {index}, column `prompt`"
+        token_ids = encode_text(row["prompt"], tokenizer, where, add_generation_prompt=True)
         if not token_ids:
-            raise ValueError(f"{where[index]}: the prompt is empty; the policy needs at least one token to start from")
+            raise ValueError(f"{where}: the prompt is empty; the policy needs at least one token to start from")
         columns = {name: value for name, value in row.items() if name != "prompt"}
         prompts.append(Prompt(index, row["prompt"], np.asarray(token_ids, np.int32), columns))
     return prompts
 
 
-def encode_texts(
-    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, where: Sequence[str], **template: Any
-) -> list[list[int]]:
-    """Token ids of strings (as the tokenizer adds special tokens) and of chats (`template`: arguments of the template).
+def encode_text(text: Text, tokenizer: PreTrainedTokenizerBase, where: str, **template: Any) -> list[int]:
+    """Token ids of a string (as the tokenizer adds special tokens) or a chat (`template`: arguments of its template).
 
-    where: the name of each text in messages. Raises `ValueError` for what is neither, or has no template.
+    where: the text's name in messages. Raises `ValueError` for what is neither, or has no template.
     """
-    kinds: dict[bool, list[int]] = defaultdict(list)
-    for index, text in enumerate(texts):
-        kinds[check_text(text, where[index])].append(index)
-    encoded: list[list[int]] = [[]] * len(texts)
-    for chat, indices in kinds.items():
-        batch = [texts[index] for index in indices]
-        names = [where[index] for index in indices]
-        if chat:
-            ids = encode_chats(batch, tokenizer, names, **template)["input_ids"]
-        else:
-            ids = tokenizer(batch, return_attention_mask=False)["input_ids"]
-        for index, row_ids in zip(indices, ids, strict=True):
-            encoded[index] = row_ids
-    return encoded
+    if is_chat(text, where):
+        return encode_chat(text, tokenizer, where, **template)["input_ids"]
+    return tokenizer(text)["input_ids"]
 
 
-def encode_chats(
-    chats: Sequence[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, where: Sequence[str], **template: Any
-) -> Mapping[str, list[list[int]]]:
-    """`input_ids` of each chat, and what else `template` asks `apply_chat_template` for.
+def encode_chat(
+    chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, **template: Any
+) -> Mapping[str, list[int]]:
+    """`input_ids` of a chat, and what else `template` asks `apply_chat_template` for.
 
-    Raises `ValueError` when there is no template, or naming the first chat that the template refuses.
+    Raises `ValueError` when there is no template, or it refuses the chat.
     """
     if tokenizer.chat_template is None and template.get("chat_template") is None:
-        raise ValueError(
-            f"{where[0]}: chat messages, but the tokenizer has no chat template; set `model.chat_template`"
-        )
+        raise ValueError(f"{where}: chat messages, but the tokenizer has no chat template; set `model.chat_template`")
     try:
-        return tokenizer.apply_chat_template(list(chats), tokenize=True, return_dict=True, **template)
+        return tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **template)
     except jinja2.TemplateError as error:
-        for chat, name in zip(chats, where, strict=True):
-            if len(chats) > 1:  # one at a time, to name the one that fails
-                encode_chats([chat], tokenizer, [name], **template)
-        raise ValueError(f"{where[0]}: the chat template refuses the messages: {error}") from error
+        raise ValueError(f"{where}: the chat template refuses the messages: {error}") from error
 
 
-def check_text(text: Any, where: str) -> bool:
+def is_chat(text: Any, where: str) -> bool:
     """True for chat messages, False for a string; `ValueError` for anything else."""
     if isinstance(text, str):
         return False
@@ -106,14 +80,7 @@ def check_lengths(prompts: Sequence[Prompt], max_length: int, max_new_tokens: in
         )
 
 
-class Tokenised(Protocol):
-    """Anything with `token_ids` [T]: a `Prompt`, a `Trajectory`."""
-
-    @property
-    def token_ids(self) -> np.ndarray: ...
-
-
-T = TypeVar("T", bound=Tokenised)
+T = TypeVar("T", Prompt, Trajectory)
 
 
 class Stream(Generic[T]):
@@ -124,12 +91,11 @@ class Stream(Generic[T]):
     """
 
     def __init__(self, items: Sequence[T], batch_size: int, seed: int) -> None:
-        if not items:
-            raise ValueError("a stream needs at least one item")
+        assert items, "a stream needs at least one item"
         self.items = items
         self.batch_size = batch_size
         self.seed = seed
-        self.fingerprint = fingerprint(items)
+        self.fingerprint = fingerprint(items, seed)
         self._start(epoch=0, position=0)
 
     def __iter__(self) -> Iterator[list[T]]:
@@ -147,17 +113,15 @@ class Stream(Generic[T]):
 
     def state(self) -> dict[str, Any]:
         """Where the next batch starts; JSON-serialisable."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "fingerprint": self.fingerprint}
+        return {"epoch": self.epoch, "position": self.position, "fingerprint": self.fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises `ValueError` if it belongs to other data or another seed."""
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"the dataset has changed since the checkpoint (fingerprint {state['fingerprint']} then, "
-                f"{self.fingerprint} now): restore the data, or start the stage anew"
+                f"the dataset or the seed has changed since the checkpoint (fingerprint {state['fingerprint']} then, "
+                f"{self.fingerprint} now): restore them, or start the stage anew"
             )
-        if state["seed"] != self.seed:
-            raise ValueError(f"the data was shuffled with seed {state['seed']}, now it is {self.seed}: set it back")
         self._start(state["epoch"], state["position"])
 
     def _start(self, epoch: int, position: int) -> None:
@@ -165,13 +129,9 @@ class Stream(Generic[T]):
         self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
 
 
-PromptStream = Stream[Prompt]
-
-
-def fingerprint(items: Sequence[Tokenised]) -> str:
-    """Digest of every item's token ids, in order (xxh3, 128 bit)."""
-    hasher = xxhash.xxh3_128()
-    hasher.update(np.array([len(item.token_ids) for item in items], np.int64))
+def fingerprint(items: Sequence[Prompt] | Sequence[Trajectory], seed: int) -> str:
+    """Digest of the seed and of every item's token ids, in order (xxh3, 128 bit)."""
+    hasher = xxhash.xxh3_128(repr((seed, [len(item.token_ids) for item in items])).encode())
     for item in items:
         hasher.update(np.ascontiguousarray(item.token_ids, np.int32))
     return hasher.hexdigest()

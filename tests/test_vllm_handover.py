@@ -13,6 +13,7 @@ from engine_host import EngineHost, shared
 from transformers import PreTrainedModel
 
 from rollout.sampler import Request, Sample
+from rollout.types import VersionSpan
 from rollout.weights import HandoverError, WeightManifest, canary_error
 
 TOLERANCE = 1e-4
@@ -47,12 +48,13 @@ def next_token_logprobs(reference: PreTrainedModel) -> np.ndarray:
     return logits.log_softmax(-1).numpy()
 
 
-def token_logprobs(reference: PreTrainedModel, token_ids: np.ndarray, temperature: float) -> np.ndarray:
-    """[T] with NaN first, by Transformers' forward, one sequence at a time."""
-    ids = torch.tensor(token_ids[None], dtype=torch.long)
+def token_logprobs(reference: PreTrainedModel, sequences: list[np.ndarray], temperature: float) -> list[np.ndarray]:
+    """[T] of each sequence with NaN first, by Transformers' forward; padding stands to the right and is not read."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.long) for s in sequences], batch_first=True)
     with torch.no_grad():
-        table = (reference(ids).logits[0, :-1] / temperature).log_softmax(-1)
-    return np.concatenate([[np.nan], table.gather(1, ids[0, 1:, None])[:, 0].numpy()])
+        table = (reference(ids).logits[:, :-1] / temperature).log_softmax(-1)
+    chosen = table.gather(2, ids[:, 1:, None])[..., 0].numpy()
+    return [np.concatenate([[np.nan], row[: len(s) - 1]]) for row, s in zip(chosen, sequences, strict=True)]
 
 
 def test_logprobs_equal_transformers_after_three_handovers(model: tuple[str, EngineHost]) -> None:
@@ -62,19 +64,16 @@ def test_logprobs_equal_transformers_after_three_handovers(model: tuple[str, Eng
         reference = tiny.random_model(tiny.CONFIGS[family](), seed=version)
         host.call(update, *tiny.pack(reference, version))
         samples: list[Sample] = host.call(generate, requests)
-        scores = host.call(lambda engine, sequences: engine.score(sequences), [s.trajectory.token_ids for s in samples])
         assert sorted(sample.index for sample in samples) == list(range(len(requests)))
-        for sample, score in zip(samples, scores, strict=True):
-            trajectory = sample.trajectory
-            sampled = np.where(
-                trajectory.loss_mask, token_logprobs(reference, trajectory.token_ids, TEMPERATURE), np.nan
-            )
-            np.testing.assert_allclose(trajectory.logprobs, sampled, atol=TOLERANCE, rtol=0)
-            given = token_logprobs(reference, trajectory.token_ids, 1.0)
+        sequences = [sample.trajectory.token_ids for sample in samples]
+        scores = host.call(lambda engine, given: engine.score(given), sequences)
+        for score, given in zip(scores, token_logprobs(reference, sequences, 1.0), strict=True):
             np.testing.assert_allclose(score.logprobs, given, atol=TOLERANCE, rtol=0)
-            assert [(span.version, span.start, span.end) for span in trajectory.version_spans] == [
-                (version, 70, len(trajectory.token_ids))
-            ]
+        for sample, sampled in zip(samples, token_logprobs(reference, sequences, TEMPERATURE), strict=True):
+            trajectory = sample.trajectory
+            expected = np.where(trajectory.loss_mask, sampled, np.nan)
+            np.testing.assert_allclose(trajectory.logprobs, expected, atol=TOLERANCE, rtol=0)
+            assert trajectory.version_spans == (VersionSpan(version, 70, len(trajectory.token_ids)),)
         assert canary_error(host.call(canary, PROMPTS), next_token_logprobs(reference)) < TOLERANCE
 
 
@@ -115,6 +114,14 @@ def hand_over_twice(host: EngineHost, family: str, fault: str) -> float:
 
 def test_experts_that_are_not_packed_again_show_in_the_canary(planted: tuple[str, EngineHost]) -> None:
     assert hand_over_twice(planted[1], planted[0], "repack_experts") > 100 * TOLERANCE
+
+
+def test_a_tied_output_that_is_not_packed_again_shows_in_the_canary() -> None:
+    host = shared("qwen3_moe", False)
+    try:
+        assert hand_over_twice(host, "qwen3_moe", "repack_tied_head") > 100 * TOLERANCE
+    finally:
+        host.call(_restore)
 
 
 def test_stale_prefixes_show_in_the_canary(planted: tuple[str, EngineHost]) -> None:

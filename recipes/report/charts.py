@@ -11,10 +11,10 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from alignment.tax import TaxRow
+from recipes.progress import format_number
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 150, 48, 8, 8, 20
-BINS = 240
-FOREST = 220
+BINS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +27,8 @@ class Chart:
     legend: tuple[tuple[str, str, int], ...]
 
 
-def number(value: float | None) -> str:
-    """At most four digits: 0.412, 12.3, 8,412, 3.1e-5."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}" if size < 1e6 else f"{value:.2e}".replace("e+0", "e")
-    if size < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-")
-    return f"{value:.{3 if size < 10 else 1}f}"
-
-
 def line_chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]], *, logarithmic: bool = False) -> Chart:
-    """series: name -> (step, value) points. Each line is smoothed over what it jumps between, drawn faint behind it."""
+    """series: name -> (step, value) points. Lines are means of neighbouring steps, their range drawn faint behind."""
     binned = {name: _bin(points) for name, points in series.items()}
     everything = np.concatenate([np.concatenate(b[1:]) for b in binned.values()])
     logarithmic = logarithmic and bool((everything > 0).all()) and everything.max() > 30 * everything.min()
@@ -53,8 +39,8 @@ def line_chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]], *,
     for color, (steps, mean, lower, upper) in enumerate(binned.values()):
         band = [*zip(steps, upper, strict=True), *zip(steps[::-1], lower[::-1], strict=True)]
         lines.append(f'<path class="band c{color % 6}" d="{_path(band, x, y)}Z"/>')
-        lines.append(f'<path class="line c{color % 6}" d="{_path(zip(steps, _smooth(mean), strict=True), x, y)}"/>')
-    legend = tuple((name, number(points[-1][1]), i % 6) for i, (name, points) in enumerate(series.items()))
+        lines.append(f'<path class="line c{color % 6}" d="{_path(zip(steps, mean, strict=True), x, y)}"/>')
+    legend = tuple((name, format_number(points[-1][1]), i % 6) for i, (name, points) in enumerate(series.items()))
     svg = _svg(title, frame + "".join(lines), binned)
     return Chart(title, svg, "", legend) if len(legend) > 1 else Chart(title, svg, legend[0][1], ())
 
@@ -72,32 +58,18 @@ def stack_chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]], u
         outline = [*zip(steps, top, strict=True), *zip(steps[::-1], below[::-1], strict=True)]
         areas.append(f'<path class="area c{color % 6}" d="{_path(outline, x, y)}Z"/>')
         below = top
-    medians = [(name, f"{number(float(np.median(binned[name][1])))}{unit}", i % 6) for i, name in enumerate(order)]
-    total = f"{number(float(np.median(heights[-1])))}{unit}"
+    medians = [
+        (name, f"{format_number(float(np.median(binned[name][1])))}{unit}", i % 6) for i, name in enumerate(order)
+    ]
+    total = f"{format_number(float(np.median(heights[-1])))}{unit}"
     return Chart(title, _svg(title, frame + "".join(areas), binned), total, tuple(medians))
 
 
-def forest_scale(rows: Sequence[TaxRow]) -> float:
-    """The round half-width that all rows of a table share: every interval fits, zero is in the middle."""
+def half_width(rows: Sequence[TaxRow]) -> float:
+    """The scale that all rows of a table share, one digit: every interval fits, and zero is in the middle."""
     most = max([1e-6, *(abs(end) for row in rows for end in (row.low, row.high, row.difference) if math.isfinite(end))])
     power = 10.0 ** math.floor(math.log10(most))
-    return next(power * factor for factor in (1, 1.5, 2, 3, 5, 8, 10) if power * factor >= most)
-
-
-def forest_bar(row: TaxRow, scale: float) -> Markup:
-    """The interval of one row as a bar around its difference."""
-
-    def x(value: float) -> float:
-        return round(FOREST / 2 * (1 + value / scale), 1)
-
-    bar = ""
-    if math.isfinite(row.low):
-        bar = f'<line class="interval" x1="{x(row.low)}" x2="{x(row.high)}" y1="11" y2="11"/>'
-    return Markup(
-        f'<svg class="forest" viewBox="0 0 {FOREST} 22" width="{FOREST}" height="22" aria-hidden="true">'
-        f'<line class="zero" x1="{FOREST / 2}" x2="{FOREST / 2}" y1="0" y2="22"/>{bar}'
-        f'<circle cx="{x(row.difference)}" cy="11" r="4"/></svg>'
-    )
+    return math.ceil(most / power) * power
 
 
 def _bin(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -111,16 +83,6 @@ def _bin(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray, n
         np.minimum.reduceat(values, edges),
         np.maximum.reduceat(values, edges),
     )
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a twentieth of the curve; a short curve or one without noise stays as it is."""
-    noise = np.abs(np.diff(values)).sum()
-    half = len(values) // 40 if noise > 3 * np.ptp(values) else 0
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    end = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (total[end] - total[first]) / (end - first)
 
 
 def _linear_scale(low: float, high: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:

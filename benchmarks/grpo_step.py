@@ -1,0 +1,181 @@
+"""One GRPO step, by this project (Ray actors, every check on) and by TRL with colocated vLLM, side by side.
+
+    python benchmarks/grpo_step.py                              the demo's SFT first (1-3 minutes), then the benchmark
+    python benchmarks/grpo_step.py --model runs/demo/01-sft/final --output benchmarks/results/grpo_step.md
+
+Both sides read the same prompts in the same order and take turns, each in processes of its own, so that a machine that
+gets slower slows both. `trl_side.py` says what TRL needs to run here at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.workload import Work, describe, machine, set_environment, table, train_sft
+
+PHASES = {
+    "generate": "generate",
+    "handover": "hand-over, ours verified",
+    "score": "score",
+    "old_logprobs": "old log-probabilities",
+    "train": "update",
+    "other": "everything else",
+    "step": "**whole step**",
+}
+MEANS = {
+    "length": "mean completion length, tokens",
+    "reward": "mean reward",
+    "no_signal": "groups without signal (ours computes nothing for them)",
+}
+
+
+def run_ours(work: Work) -> list[dict[str, float]]:
+    """Drive the engine as a recipe's GRPO stage does. Each measured step: seconds, mean length, reward, agreement."""
+    from transformers import AutoTokenizer
+
+    from alignment.config import GRPOConfig, TrainConfig
+    from alignment.grpo import grpo
+    from hybrid_engine.engine import HybridEngine
+    from rewards.config import RewardConfig
+    from rewards.pool import RewardPool
+    from rollout.config import DataConfig, RolloutConfig
+    from rollout.prompts import make_prompts
+    from rollout.sampler import Sampling
+
+    folder = Path(work.model)
+    reward = RewardConfig(function="rewards.exact_match:exact_match")
+    config = GRPOConfig(
+        prompts=DataConfig(function="recipes.skills:addition_prompts"), rewards=(reward,),
+        steps=work.steps + work.warmup, prompts_per_step=work.prompts, completions=work.completions,
+        max_new_tokens=work.max_new_tokens, learning_rate=work.learning_rate,
+    )  # fmt: skip
+    prompts = make_prompts(work.rows, AutoTokenizer.from_pretrained(folder), "benchmark")
+    batches = (prompts[start : start + work.prompts] for start in range(0, len(prompts), work.prompts))
+    sampling = Sampling(work.completions, work.max_new_tokens, 1.0, work.seed)
+    rollout = RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
+    engine = HybridEngine(folder, TrainConfig(), rollout, seed=work.seed)
+    steps = []
+    try:
+        engine.load(folder, folder, config)
+        with RewardPool([reward], Path()) as scorer:
+            begun = time.perf_counter()
+            for done in grpo(engine, batches, config, sampling, scorer, first=1):
+                steps.append(done.metrics | engine.take_metrics() | {"time/step": time.perf_counter() - begun})
+                begun = time.perf_counter()
+    finally:
+        engine.close()
+    return [_our_step(step) for step in steps[work.warmup :]]
+
+
+def _our_step(metrics: dict[str, float]) -> dict[str, float]:
+    names = ("generate", "handover", "score", "train", "step")
+    return {name: metrics.get(f"time/{name}", 0.0) for name in names} | {
+        "old_logprobs": 0.0,
+        "length": metrics["completions/mean_length"],
+        "reward": metrics["reward/mean"],
+        "no_signal": metrics["groups/without_signal"],
+        # Absent where no group had signal: nothing was computed then.
+        "max_difference": metrics.get("mismatch/max", 0.0),
+        "p99_difference": metrics.get("mismatch/p99", 0.0),
+        "canary": metrics.get("handover/canary", 0.0),
+    }
+
+
+def run_side(side: str, work: Work, folder: Path) -> list[dict[str, float]]:
+    """One side, in processes of its own."""
+    orders, result = folder / "work.json", folder / "result.json"
+    orders.write_text(json.dumps(asdict(work)))
+    here = Path(__file__).resolve()
+    command = {"ours": [here, "--side", orders, result], "trl": [here.with_name("trl_side.py"), orders, result]}[side]
+    log = folder / f"{side}.log"
+    with log.open("w") as output:
+        code = subprocess.call([sys.executable, *map(str, command)], stdout=output, stderr=subprocess.STDOUT)
+    if code:
+        raise SystemExit(f"{side} failed:\n{log.read_text()[-5000:]}")
+    return json.loads(result.read_text())
+
+
+def report(ours: list[dict[str, float]], trl: list[dict[str, float]], trl_name: str) -> tuple[str, float]:
+    """Medians of every phase as a Markdown table with what makes them comparable below it; TRL / ours of the step."""
+    for step in (*ours, *trl):
+        step["other"] = step["step"] - sum(step[name] for name in PHASES if name not in ("step", "other"))
+
+    def medians(name: str) -> tuple[float, float]:
+        first, second = (statistics.median(step[name] for step in side) for side in (ours, trl))
+        return first, second
+
+    rows = []
+    for name, title in PHASES.items():
+        mine, theirs = medians(name)
+        rows.append([title, f"{mine:.3f}", f"{theirs:.3f}", f"{theirs / mine:.2f}" if mine > 1e-4 else ""])
+    ratio = float(medians("step")[1] / medians("step")[0])
+    spread = [_quartiles(side) for side in (ours, trl)]
+    rows.append(["quartiles of the step", *spread, ""])
+    for name, title in MEANS.items():
+        rows.append([title, *(f"{statistics.fmean(step[name] for step in side):.3f}" for side in (ours, trl)), ""])
+    worst = [max(step["max_difference"] for step in side) for side in (ours, trl)]
+    rows.append(["largest difference of log-probabilities, sampler and trainer", *(f"{w:.1e}" for w in worst), ""])
+    p99, mean = max(s["p99_difference"] for s in ours), statistics.fmean(s["mean_difference"] for s in trl)
+    rows.append(["its 99th percentile (ours), its mean (TRL)", f"{p99:.1e}", f"{mean:.1e}", ""])
+    canary = max(step["canary"] for step in ours)
+    rows.append(["largest difference at a hand-over's canary", f"{canary:.1e}", "none", ""])
+    return table([f"seconds, median of {len(ours)} steps", "ours", trl_name, "ratio"], rows), ratio
+
+
+def _quartiles(side: list[dict[str, float]]) -> str:
+    low, _, high = statistics.quantiles((step["step"] for step in side), n=4)
+    return f"{low:.3f}-{high:.3f}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="an SFT stage's final/ directory (default: make one)")
+    parser.add_argument("--sft-steps", type=int, default=400, help="SFT steps where no --model is given")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE in recipes/demo.yaml, for that SFT")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each side, over all rounds")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before them, in each round")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the two sides take turns")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our rollout engine")
+    parser.add_argument("--output", type=Path, help="append the report to this Markdown file")
+    parser.add_argument("--side", nargs=2, type=Path, metavar=("WORK", "RESULT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        work = Work(**json.loads(args.side[0].read_text()))
+        set_environment()
+        args.side[1].write_text(json.dumps(run_ours(work)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = args.model or train_sft(folder / "sft", args.sft_steps, args.set)
+        work = Work(str(model.resolve()), -(-args.steps // args.rounds), args.warmup, dtype=args.dtype)
+        sides: dict[str, list[Any]] = {"ours": [], "trl": []}
+        for turn in range(args.rounds):
+            for side, steps in sides.items():
+                dtype = work.dtype if side == "ours" else "float32"
+                steps += run_side(side, replace(work, seed=turn, dtype=dtype), folder)
+                seconds = statistics.median(step["step"] for step in steps[-work.steps :])
+                print(f"round {turn + 1}, {side}: {seconds:.3f} s a step (load {os.getloadavg()[0]:.1f})", flush=True)
+        text, ratio = report(sides["ours"], sides["trl"], "TRL" if work.dtype == "float32" else "TRL (float32)")
+        text = f"{describe(machine(), work)}\n\n{text}\n\n**TRL / ours: {ratio:.2f}**\n"
+        print(f"\n{text}")
+        if args.output:
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(f"## GRPO step\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Tokens a second of this project's rollouts, against bare `vllm.LLM.generate` on the same requests.
+
+    python benchmarks/rollout.py --model runs/demo/01-sft/final --output benchmarks/results/rollout.md
+
+The same prompts, seeds and engine options (MLA off, blocks of 32, eager, no detokenizer, log-probabilities of the
+sampled tokens). Three contenders take turns, each in a process of its own that stays alive while the others run:
+`LLM.generate`; `VllmEngine.generate`, which adds decoded texts and trajectories; and `HybridEngine.rollouts`, which
+adds Ray, grouping, scoring and the object store. Tokens are those of the completions. Goal: at least 90% of the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.workload import Work, describe, machine, set_environment, table, train_sft
+
+CONTENDERS = {
+    "bare": "`LLM.generate`",
+    "engine": "`VllmEngine.generate`",
+    "rollouts": "`HybridEngine.rollouts`, through Ray",
+}
+Round = tuple[float, int]
+"""Seconds, and tokens sampled in them."""
+
+
+def requests_of(work: Work, step: int) -> list[Any]:
+    """The requests of one step's prompts, as the rollout actor makes them."""
+    from rollout.sampler import group_requests
+
+    prompts, sampling = prompts_of(work, step)
+    return group_requests(prompts, range(len(prompts)), sampling, step)
+
+
+def prompts_of(work: Work, step: int) -> tuple[list[Any], Any]:
+    """One step's prompts, and how they are sampled."""
+    from transformers import AutoTokenizer
+
+    from rollout.prompts import make_prompts
+    from rollout.sampler import Sampling
+
+    rows = work.rows[(step - 1) * work.prompts : step * work.prompts]
+    sampling = Sampling(work.completions, work.max_new_tokens, 1.0, work.seed)
+    return make_prompts(rows, AutoTokenizer.from_pretrained(work.model), "benchmark"), sampling
+
+
+def rollout_config(work: Work) -> Any:
+    """The engine's configuration."""
+    from rollout.config import RolloutConfig
+
+    return RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
+
+
+@contextmanager
+def bare(work: Work) -> Iterator[Callable[[int], Round]]:
+    """vLLM alone."""
+    from vllm import LLM, SamplingParams
+
+    from rollout.vllm import faults
+    from rollout.vllm.environment import installed
+
+    llm = LLM(
+        model=work.model, dtype=work.dtype, enforce_eager=True, max_num_seqs=512, max_model_len=work.max_length + 1,
+        enable_prefix_caching=True, logprobs_mode="processed_logprobs",
+        **faults.engine_options(rollout_config(work), installed()),
+    )  # fmt: skip
+
+    def run(step: int) -> Round:
+        requests = requests_of(work, step)
+        begun = time.perf_counter()
+        inputs = [{"prompt_token_ids": request.prompt.tolist()} for request in requests]
+        params = [
+            SamplingParams(
+                max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed, logprobs=0,
+                detokenize=False,
+            )
+            for request in requests
+        ]  # fmt: skip
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        seconds = time.perf_counter() - begun
+        return seconds, sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    yield run
+
+
+@contextmanager
+def engine(work: Work) -> Iterator[Callable[[int], Round]]:
+    """This project's engine in this process."""
+    from rollout.vllm.engine import VllmEngine
+
+    held = VllmEngine(work.model, rollout_config(work), seed=work.seed)
+
+    def run(step: int) -> Round:
+        requests = requests_of(work, step)
+        begun = time.perf_counter()
+        samples = [sample for finished in held.generate(requests) for sample in finished]
+        seconds = time.perf_counter() - begun
+        return seconds, sum(int(sample.trajectory.loss_mask.sum()) for sample in samples)
+
+    yield run
+
+
+@contextmanager
+def rollouts(work: Work) -> Iterator[Callable[[int], Round]]:
+    """The hybrid engine: weights handed over once, then prompts in, scored groups out."""
+    from alignment.config import OptimizerConfig, TrainConfig
+    from hybrid_engine.engine import HybridEngine
+    from rewards.config import RewardConfig
+    from rewards.pool import RewardPool
+
+    folder = Path(work.model)
+    with ExitStack() as stack:
+        held = HybridEngine(folder, TrainConfig(), rollout_config(work), seed=work.seed)
+        stack.callback(held.close)
+        held.load(folder, folder, OptimizerConfig())
+        scorer = stack.enter_context(RewardPool([RewardConfig(function="rewards.exact_match:exact_match")], Path()))
+
+        def run(step: int) -> Round:
+            prompts, sampling = prompts_of(work, step)
+            begun = time.perf_counter()
+            (groups,) = held.rollouts([(step, prompts)], sampling, scorer)
+            seconds = time.perf_counter() - begun
+            return seconds, sum(len(c.token_ids) for group in groups for c in group.completions)
+
+        yield run
+
+
+def serve(contender: str, work: Work) -> None:
+    """In a process of its own: for each step number read, a line with seconds and tokens."""
+    contexts = {"bare": bare, "engine": engine, "rollouts": rollouts}
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    with contexts[contender](work) as run:
+        for line in sys.stdin:
+            print(json.dumps(run(int(line))), file=answers)
+
+
+class Contender:
+    """The other end of `serve`."""
+
+    def __init__(self, name: str, work: str, log: Path) -> None:
+        self._name, self._log = name, log
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", name, work]
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def run(self, step: int) -> Round:
+        """One step's requests. Exits with the process's own words where it died."""
+        print(step, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self._name} failed:\n{self._log.read_text()[-5000:]}")
+        seconds, tokens = json.loads(answer)
+        return seconds, tokens
+
+    def close(self) -> None:
+        """End of input ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def report(rounds: dict[str, list[Round]]) -> str:
+    """Tokens a second of each contender, the median over its rounds, and the ratio to bare vLLM in the same round."""
+    rows = []
+    for name, found in rounds.items():
+        speeds = [tokens / seconds for seconds, tokens in found]
+        ratios = [speed * base / tokens for speed, (base, tokens) in zip(speeds, rounds["bare"], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        length = statistics.fmean(tokens for _, tokens in found)
+        rows.append(
+            [
+                CONTENDERS[name],
+                f"{statistics.median(speeds):,.0f}",
+                f"{statistics.median(seconds for seconds, _ in found):.3f}",
+                f"{length:,.0f}",
+                f"{statistics.median(ratios):.0%} ({low:.0%}-{high:.0%})",
+            ]
+        )
+    header = [f"median of {len(rounds['bare'])} rounds", "tokens/s", "seconds", "tokens a round"]
+    return table([*header, "of bare vLLM (quartiles)"], rows)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="an SFT stage's final/ directory (default: make one)")
+    parser.add_argument("--sft-steps", type=int, default=400, help="SFT steps where no --model is given")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each contender")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before them")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="most tokens of a completion")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all three")
+    parser.add_argument("--output", type=Path, help="append the report to this Markdown file")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    set_environment()
+    if args.serve:
+        serve(args.serve[0], Work(**json.loads(args.serve[1])))
+        return
+    from dataclasses import asdict
+
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        model = args.model or train_sft(Path(name) / "sft", args.sft_steps)
+        work = Work(
+            str(model.resolve()), args.rounds, args.warmup, dtype=args.dtype, max_new_tokens=args.max_new_tokens
+        )
+        from rollout.vllm.environment import environment
+
+        os.environ |= environment(rollout_config(work))
+        contenders = {key: Contender(key, json.dumps(asdict(work)), Path(name) / key) for key in CONTENDERS}
+        for contender in contenders.values():
+            stack.callback(contender.close)
+        rounds: dict[str, list[Round]] = {key: [] for key in CONTENDERS}
+        for step in range(1, args.warmup + args.rounds + 1):
+            for key, contender in contenders.items():
+                found = contender.run(step)
+                if step > args.warmup:
+                    rounds[key].append(found)
+        text = f"{describe(machine(), work)}\n\n{report(rounds)}\n"
+        print(text)
+        if args.output:
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(f"## Rollouts\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

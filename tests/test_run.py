@@ -1,0 +1,190 @@
+"""`align run` as a person runs it: the run folder, a kill in the middle, Ctrl-C, and what the next call makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+RECIPE = """
+name: small
+model: {init: {preset: deepseek-v2-nano, vocab_size: 300}}
+rollout: {max_length: 64, max_num_seqs: 64, memory: 0.25}
+train: {tokens_per_rank: 2048}
+evals: {tasks: [TASKS/addition.yaml, TASKS/sorting.yaml], limit: 40}
+stages:
+  - sft:
+      data: {function: "recipes.skills:sft_rows", args: {addition: 300, sorting: 300, reversing: 100}}
+      steps: 12
+      batch_size: 32
+      max_length: 64
+      learning_rate: 2.0e-3
+      checkpoint_every: 5
+  - grpo:
+      prompts: {function: "recipes.skills:addition_prompts", args: {count: 200}}
+      rewards:
+        - {function: "my_rewards.py:digits", weight: 0.5}
+        - {function: "rewards.exact_match:exact_match"}
+      steps: 6
+      prompts_per_step: 8
+      completions: 4
+      max_new_tokens: 8
+      learning_rate: 1.0e-3
+      kl: 0.01
+      checkpoint_every: 2
+"""
+
+# As one would write it for TRL's GRPOTrainer: nothing here knows this project.
+REWARDS = '''
+def digits(prompts, completions, completion_ids, answer, trainer_state=None, log_metric=None, **kwargs):
+    """Share of characters that are digits or spaces."""
+    assert len(prompts) == len(completions) == len(answer)
+    log_metric("seen", float(len(completions)))
+    return [sum(c.isdigit() or c == " " for c in text) / max(1, len(text)) for text in completions]
+'''
+
+
+def write_recipe(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = Path(__file__).resolve().parent.parent / "recipes" / "tasks"
+    (folder / "my_rewards.py").write_text(REWARDS)
+    (folder / "small.yaml").write_text(RECIPE.replace("TASKS", str(tasks)))
+    return folder / "small.yaml"
+
+
+def align(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "recipes.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def metrics(run: Path, stage: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def wait_for_step(run: Path, stage: str, step: int, process: subprocess.Popen) -> None:
+    path = run / stage / "metrics.jsonl"
+    while not (path.is_file() and path.read_text().count("\n") >= step):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.02)
+
+
+def left_behind(pids: list[int]) -> list[str]:
+    return [
+        f"{pid} {' '.join(psutil.Process(pid).cmdline())[:80]}"
+        for pid in pids
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def descendants(process: subprocess.Popen) -> list[int]:
+    return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+
+
+def assert_nothing_left(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while left_behind(pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left_behind(pids)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Recipe, run folder and output of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe, run = write_recipe(folder), folder / "run"
+    return recipe, run, finish(align("run", str(recipe), "--output", str(run)))
+
+
+def test_the_run_folder_holds_what_the_readme_says(whole: tuple[Path, Path, str]) -> None:
+    _, run, output = whole
+    for name in ("recipe.yaml", "versions.json", "tax.json", "report.html"):
+        assert (run / name).is_file(), name
+    for stage, steps in (("01-sft", 12), ("02-grpo", 6)):
+        assert [row["step"] for row in metrics(run, stage)] == list(range(1, steps + 1))
+        assert (run / stage / "evals" / "samples.jsonl").read_text().count("\n") == 80
+        assert (run / stage / "checkpoints").is_dir()
+    row = json.loads((run / "02-grpo" / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = {"reward/mean", "reward/digits", "reward/exact_match", "kl", "mismatch/k3", "mismatch/max", "mismatch/p99"}
+    assert expected | {"time/generate", "time/handover", "time/train", "time/step", "tokens/completion"} <= row.keys()
+    sample = json.loads((run / "02-grpo" / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "prompt", "completion", "reward", "parts"} <= sample.keys()
+    tables = json.loads((run / "tax.json").read_text())
+    assert [(table["before"], table["stage"]) for table in tables] == [("base", "sft"), ("sft", "grpo")]
+    fields = {"benchmark", "before", "after", "difference", "low", "high", "gained", "lost", "n"}
+    assert all(fields <= row.keys() and row["n"] == 40 for table in tables for row in table["rows"])
+    assert "addition" in output and "sft → grpo" in output
+
+
+def test_final_loads_in_transformers_as_it_is(whole: tuple[Path, Path, str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for stage in ("01-sft", "02-grpo"):
+        model, info = AutoModelForCausalLM.from_pretrained(whole[1] / stage / "final", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        tokenizer = AutoTokenizer.from_pretrained(whole[1] / stage / "final")
+        assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize(("stage", "step"), [("02-grpo", 3)])
+def test_killed_and_continued_the_metrics_are_those_of_the_whole_run(
+    whole: tuple[Path, Path, str], tmp_path: Path, stage: str, step: int
+) -> None:
+    recipe, run = whole[0], tmp_path / "run"
+    process = align("run", str(recipe), "--output", str(run))
+    wait_for_step(run, stage, step, process)
+    pids = descendants(process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert_nothing_left(pids)
+    output = finish(align("run", str(recipe), "--output", str(run)))
+    assert "continuing after step 2" in output
+    for name in ("01-sft", "02-grpo"):
+        for found, expected in zip(metrics(run, name), metrics(whole[1], name), strict=True):
+            assert found.keys() == expected.keys()
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True)
+    assert (run / "02-grpo" / "samples.jsonl").read_text() == (whole[1] / "02-grpo" / "samples.jsonl").read_text()
+    assert json.loads((run / "tax.json").read_text()) == json.loads((whole[1] / "tax.json").read_text())
+
+
+def test_ctrl_c_saves_and_leaves_nothing_behind(whole: tuple[Path, Path, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = align("run", str(whole[0]), "--output", str(run), "--set", "evals.tasks=[]")
+    wait_for_step(run, "01-sft", 1, process)
+    pids = descendants(process)
+    process.send_signal(signal.SIGINT)
+    output = finish(process, code=130)
+    assert "continues the run" in output
+    assert_nothing_left(pids)
+    done = len(metrics(run, "01-sft"))
+    assert [path.name for path in (run / "01-sft" / "checkpoints").glob("step-*")] == [f"step-{done:08d}"]
+    assert metrics(run, "01-sft") == metrics(whole[1], "01-sft")[:done]
+
+
+def test_a_finished_run_starts_nothing(whole: tuple[Path, Path, str]) -> None:
+    recipe, run, _ = whole
+    begun = time.monotonic()
+    assert "report.html" in finish(align("run", str(recipe), "--output", str(run)))
+    assert time.monotonic() - begun < 60
+    assert not (run / "03-grpo").exists()
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(whole: tuple[Path, Path, str]) -> None:
+    recipe, run, _ = whole
+    output = finish(align("run", str(recipe), "--output", str(run), "--set", "stages.1.grpo.kl=0.5"), code=2)
+    assert "stages.1.grpo.kl: 0.01 -> 0.5" in output and "--accept-changes" in output
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["stages"][1]["grpo"]["kl"] == 0.01
