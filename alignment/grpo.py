@@ -120,7 +120,7 @@ def _merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     if not updates:
         return {"updates": 0.0}
     merged = {"updates": float(len(updates))}
-    for name in updates[0]:
+    for name in dict.fromkeys(name for update in updates for name in update):
         values = [update[name] for update in updates if name in update]
         if name.startswith("tokens/"):
             merged[name] = float(sum(values))

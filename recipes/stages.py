@@ -137,6 +137,7 @@ def _train(run: Run, index: int, folder: StageFolder) -> None:
         )
         progress = stack.enter_context(StageProgress(stage.name, total, run.console, first=first))
         interrupted = stack.enter_context(_finish_step_on_ctrl_c(run.console))
+        run.engine.take_metrics()  # what the evals before the stage left
         begun = time.perf_counter()
         for done in steps:
             metrics = done.metrics | run.engine.take_metrics() | {"time/step": time.perf_counter() - begun}

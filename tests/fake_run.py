@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from alignment.metrics import MetricsLog
 from alignment.tax import TaskResult, compare, row_to_json
@@ -20,7 +20,9 @@ SFT_STEPS, GRPO_STEPS = 400, 350
 def fake_run(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     folder.mkdir()
-    shutil.copy(DEMO, folder / "recipe.yaml")
+    recipe = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    recipe["stages"][0]["sft"]["steps"], recipe["stages"][1]["grpo"]["steps"] = SFT_STEPS, GRPO_STEPS
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     versions = {
         "python": "3.11.2",
         "torch": "2.13.0+cpu",

@@ -140,7 +140,7 @@ def test_a_hand_over_of_wrong_weights_is_stopped_by_the_canary(fault: str, monke
     engine = start()
     try:
         begin(engine, config(learning_rate=0.05))
-        with pytest.raises(CanaryError, match="canary: after hand-over .* rollout engine 0 differs from the trainer"):
+        with pytest.raises(CanaryError, match=r"canary: after hand-over .* rollout engine 0 differs from the trainer"):
             run_steps(engine, config(learning_rate=0.05))
     finally:
         engine.close()

@@ -49,33 +49,40 @@ class FakeEngine:
 
     def rollouts(self, batches, sampling, scorer) -> Iterator[list[Group]]:
         for step, prompts in batches:
+            trajectories = self._sample([p for p in prompts for _ in range(sampling.completions)], sampling, step)
             groups = []
-            for prompt in prompts:
-                trajectories = [self._sample(prompt, sampling, step * 1000 + g) for g in range(sampling.completions)]
+            for p, prompt in enumerate(prompts):
+                mine = trajectories[p * sampling.completions : (p + 1) * sampling.completions]
                 completions = tuple(
-                    Completion("", t.token_ids[t.loss_mask], t.finish_reason, Handle(trajectories, g))
-                    for g, t in enumerate(trajectories)
+                    Completion("", t.token_ids[t.loss_mask], t.finish_reason, Handle(mine, g))
+                    for g, t in enumerate(mine)
                 )
                 groups.append(Group(prompt, completions, scorer(completions)))
             yield groups
 
     @torch.no_grad()
-    def _sample(self, prompt: Prompt, sampling: Sampling, seed: int) -> Trajectory:
+    def _sample(self, prompts: list[Prompt], sampling: Sampling, seed: int) -> list[Trajectory]:
+        """Token by token, all prompts (of equal length) at once; what comes after an end token is cut off."""
         self.model.config._attn_implementation = "eager"
-        generator = torch.Generator().manual_seed(seed + prompt.index * 31)
-        tokens, logprobs = prompt.token_ids.tolist(), [np.nan] * len(prompt.token_ids)
-        reason = "length"
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.from_numpy(np.stack([prompt.token_ids for prompt in prompts])).long()
+        start = tokens.shape[1]
+        logprobs = torch.full(tokens.shape, torch.nan)
         for _ in range(sampling.max_tokens):
-            probabilities = (self.model(torch.tensor([tokens])).logits[0, -1] / sampling.temperature).softmax(-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-            tokens.append(token)
-            logprobs.append(float(probabilities[token].log()) + self.error)
-            if token == END:
-                reason = "stop"
-                break
+            probabilities = (self.model(tokens).logits[:, -1] / sampling.temperature).softmax(-1)
+            new = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, new], 1)
+            logprobs = torch.cat([logprobs, probabilities.gather(1, new).log() + self.error], 1)
         self.model.config._attn_implementation = TREE_ATTENTION
-        mask = np.arange(len(tokens)) >= len(prompt.token_ids)
-        return Trajectory(np.array(tokens, np.int32), mask, np.array(logprobs, np.float32), reason)
+        pairs = zip(tokens.numpy(), logprobs.numpy(), strict=True)
+        return [self._trajectory(ids, values, start) for ids, values in pairs]
+
+    def _trajectory(self, tokens: np.ndarray, logprobs: np.ndarray, start: int) -> Trajectory:
+        ends = np.flatnonzero(tokens[start:] == END)
+        length = start + ends[0] + 1 if len(ends) else len(tokens)
+        reason = "stop" if len(ends) else "length"
+        mask = np.arange(length) >= start
+        return Trajectory(tokens[:length].astype(np.int32), mask, logprobs[:length], reason)
 
     @contextmanager
     def phase(self, name):
@@ -87,7 +94,9 @@ class FakeEngine:
             return None if handle is None else handle.ref[handle.index]
 
         return [
-            RankRow(fetch(r.trajectory), r.group, r.advantage, r.weight, fetch(r.old_logprobs), fetch(r.reference_logprobs))
+            RankRow(
+                fetch(r.trajectory), r.group, r.advantage, r.weight, fetch(r.old_logprobs), fetch(r.reference_logprobs)
+            )
             for r in rows
         ]  # fmt: skip
 
@@ -121,12 +130,12 @@ def steps(engine: FakeEngine, config: GRPOConfig, scorer=wants_good_token) -> li
 
 def test_the_reward_rises_and_the_sampler_agrees_with_the_trainer() -> None:
     engine = FakeEngine()
-    done = steps(engine, config(steps=14))
+    done = steps(engine, config(steps=25))
     rewards = [step.metrics["reward/mean"] for step in done]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
     assert max(step.metrics["mismatch/max"] for step in done if step.metrics["updates"]) < 1e-4
-    assert [step.step for step in done] == list(range(1, 15))
-    assert engine.phases == ["train"] * 14  # no reference, no second forward
+    assert [step.step for step in done] == list(range(1, 26))
+    assert engine.phases == ["train"] * 25  # no reference, no second forward
 
 
 @pytest.mark.parametrize("error", [0.1, -0.1])
@@ -155,11 +164,13 @@ def test_kl_holds_the_policy_at_its_reference() -> None:
     assert engine.phases[:2] == ["reference", "train"]
     assert held[0].metrics["kl"] == pytest.approx(0.0, abs=1e-9)
     assert held[-1].metrics["reward/mean"] < without[-1].metrics["reward/mean"]
-    moved = [
-        sum(float((p - q).detach().norm()) for p, q in zip(e.model.parameters(), e.reference.model.parameters(), strict=True))
-        for e in (free, engine)
-    ]  # fmt: skip
-    assert moved[1] < moved[0]
+
+    def divergence(engine: FakeEngine) -> float:
+        prompts = [np.array([3 + i, 9, 4 + i], np.int32) for i in range(6)]
+        now, then = (policy.next_token_logprobs(prompts) for policy in (engine.policy, engine.reference))
+        return float((np.exp(now) * (now - then)).sum(-1).mean())
+
+    assert 0 < divergence(engine) < divergence(free)
 
 
 def test_a_batch_without_signal_is_a_counted_step_without_an_update() -> None:
@@ -179,9 +190,13 @@ def test_everything_truncated_and_masked_trains_on_nothing() -> None:
 def test_planted_mask_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss on the token after the right one: the sampler's log-probabilities give it away."""
     engine = FakeEngine()
-    sample = engine._sample
-    monkeypatch.setattr(
-        engine, "_sample", lambda *args: dataclasses.replace(t := sample(*args), logprobs=np.roll(t.logprobs, 1))
-    )
-    with pytest.raises((MismatchError, ValueError)):
+    honest = engine._trajectory
+
+    def shifted(tokens, logprobs, start):
+        trajectory = honest(tokens, logprobs, start)
+        moved = [*trajectory.logprobs[:start], *trajectory.logprobs[start + 1 :], -1.0]
+        return dataclasses.replace(trajectory, logprobs=np.array(moved, np.float32))
+
+    monkeypatch.setattr(engine, "_trajectory", shifted)
+    with pytest.raises(MismatchError, match="step 1"):
         steps(engine, config())

@@ -84,11 +84,11 @@ def wait_for_step(run: Path, stage: str, step: int, process: subprocess.Popen) -
 
 
 def left_behind(pids: list[int]) -> list[str]:
-    return [
-        f"{pid} {' '.join(psutil.Process(pid).cmdline())[:80]}"
-        for pid in pids
-        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
+    return [f"{p.pid} {p.name()}" for p in psutil.process_iter(["status"]) if p.pid in pids and _lives(p)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.info["status"] not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def descendants(process: subprocess.Popen) -> list[int]:
@@ -96,7 +96,7 @@ def descendants(process: subprocess.Popen) -> list[int]:
 
 
 def assert_nothing_left(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90  # after a kill -9, Ray's agents look for their parent now and then
     while left_behind(pids) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left_behind(pids)
@@ -119,8 +119,9 @@ def test_the_run_folder_holds_what_the_readme_says(whole: tuple[Path, Path, str]
         assert (run / stage / "evals" / "samples.jsonl").read_text().count("\n") == 80
         assert (run / stage / "checkpoints").is_dir()
     row = json.loads((run / "02-grpo" / "metrics.jsonl").read_text().splitlines()[-1])
-    expected = {"reward/mean", "reward/digits", "reward/exact_match", "kl", "mismatch/k3", "mismatch/max", "mismatch/p99"}
-    assert expected | {"time/generate", "time/handover", "time/train", "time/step", "tokens/completion"} <= row.keys()
+    expected = {"reward/mean", "reward/digits", "reward/exact_match", "kl"}
+    expected |= {"mismatch/k3", "mismatch/max", "mismatch/p99", "tokens/completion"}
+    assert {f"time/{phase}" for phase in ("generate", "handover", "train", "step")} | expected <= row.keys()
     sample = json.loads((run / "02-grpo" / "samples.jsonl").read_text().splitlines()[0])
     assert {"step", "prompt", "completion", "reward", "parts"} <= sample.keys()
     tables = json.loads((run / "tax.json").read_text())
@@ -137,7 +138,7 @@ def test_final_loads_in_transformers_as_it_is(whole: tuple[Path, Path, str]) -> 
         model, info = AutoModelForCausalLM.from_pretrained(whole[1] / stage / "final", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         tokenizer = AutoTokenizer.from_pretrained(whole[1] / stage / "final")
-        assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id is not None
 
 
 @pytest.mark.parametrize(("stage", "step"), [("02-grpo", 3)])
