@@ -246,7 +246,8 @@ def start_ray(address: str | None) -> bool:
     """Join the cluster at `address`, or start a small local one; False where this process is connected already."""
     if ray.is_initialized():
         return False
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would run its workers at niceness 15: a step then waits for whatever else the machine has to do.
+    os.environ |= {"RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if address is not None:
         ray.init(address=address, log_to_driver=False)
     else:
