@@ -6,7 +6,6 @@ libraries: the tokenizer, data functions, rewards, eval tasks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = list[dict[str, Any]]
-CHANGED = 0.2
-"""Share of an eval's items that are assumed to be right before and wrong after a stage, or the other way round."""
-ASSUMPTION = f"smallest drop: the paired 95% interval leaves out zero when {CHANGED:.0%} of the items change sides"
+ASSUMPTION = "smallest drop: the paired 95% interval leaves out zero when 20% of the items change sides"
 
 
 def check(loaded: LoadedRecipe) -> Iterator[RenderableType]:
@@ -184,19 +181,10 @@ def _lengths(recipe: Recipe, data: StageData, rows: Rows, tokenizer: PreTrainedT
 
 def _check_evals(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Table:
     from alignment.evals import check_tasks
+    from alignment.tax import detectable_drop
 
     table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
     for task in check_tasks(recipe.evals, recipe.folder, recipe.rollout.max_length, tokenizer, recipe.data_folder):
-        drop = f"{100 * smallest_drop(task.n):.1f} points"
+        drop = f"{100 * detectable_drop(task.n):.1f} points"
         table.add_row(task.name, f"{task.n:,}", f"{task.longest_prompt:,} + {task.max_new_tokens:,} new", drop)
     return table
-
-
-def smallest_drop(items: int, changed: float = CHANGED) -> float:
-    """The smallest drop in accuracy (0 to 1) whose paired 95% interval leaves out zero.
-
-    Of n items, a share c changes between right and wrong; the difference of two paired accuracies d then has the
-    variance (c - d^2) / n (McNemar), and d / 1.96 = sqrt((c - d^2) / n) gives d = 1.96 sqrt(c / (n + 1.96^2)).
-    """
-    z = 1.96
-    return min(changed, z * math.sqrt(changed / (items + z * z)))

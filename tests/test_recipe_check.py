@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from recipes.check import check, check_files, check_libraries, smallest_drop
+from alignment.tax import detectable_drop
+from recipes.check import check, check_files, check_libraries
 from recipes.errors import RecipeError
 from recipes.plan import plan
 from recipes.schema import load_recipe
@@ -148,7 +148,7 @@ def test_schedule_longer_than_the_epochs_is_refused(recipe: Path):
 
 def test_good_recipe_passes_and_shows_what_its_evals_can_see(recipe: Path):
     text = printed(check(load_recipe(recipe)))
-    drop = f"{100 * smallest_drop(20):.1f} points"
+    drop = f"{100 * detectable_drop(20):.1f} points"
     assert "sums" in text and drop in text and "24 for a prompt" in text
 
 
@@ -219,18 +219,6 @@ def test_the_first_part_and_the_schema_need_no_heavy_library(recipe: Path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["title"] == "Recipe"
-
-
-def test_smallest_drop_is_where_the_paired_interval_touches_zero():
-    for items in (50, 250, 2000):
-        drop = smallest_drop(items)
-        # 20% of the items changed: `lost` more than `gained`, lost - gained = drop, as McNemar's variance has it.
-        lost, gained = (0.2 + drop) / 2, (0.2 - drop) / 2
-        sampled = [-1.0] * round(lost * 1e6) + [1.0] * round(gained * 1e6) + [0.0] * round(0.8 * 1e6)
-        mean = sum(sampled) / len(sampled)
-        variance = sum((x - mean) ** 2 for x in sampled) / len(sampled)
-        assert mean + 1.96 * math.sqrt(variance / items) == pytest.approx(0, abs=1e-4)
-    assert smallest_drop(1) <= 0.2
 
 
 def test_real_gsm8k_passes(shared_data: Path, recipe: Path):
