@@ -3,28 +3,27 @@
     python benchmarks/grpo_step.py                              the demo's SFT first (1-3 minutes), then the benchmark
     python benchmarks/grpo_step.py --model runs/demo/01-sft/final --output benchmarks/results/grpo_step.md
 
-Both sides read the same prompts in the same order and take turns, each in processes of its own, so that a machine that
-gets slower slows both. `trl_side.py` says what TRL needs to run here at all.
+Both sides read the same prompts in the same order and take turns step by step, each in processes of its own, so that a
+machine that gets slower slows both; a step during which other programs ran is taken again. `trl_side.py` says what TRL
+needs to run here at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Work, describe, machine, set_environment, table, train_sft
+from benchmarks.workload import Questions, Side, Work, describe, machine, set_environment, table, take_turns, train_sft
 
 PHASES = {
     "generate": "generate",
@@ -42,8 +41,8 @@ MEANS = {
 }
 
 
-def run_ours(work: Work) -> list[dict[str, float]]:
-    """Drive the engine as a recipe's GRPO stage does. Each measured step: seconds, mean length, reward, agreement."""
+def run_ours(work: Work, questions: Questions) -> None:
+    """Drive the engine as a recipe's GRPO stage does; answer each step's seconds, mean length, reward, agreement."""
     from transformers import AutoTokenizer
 
     from alignment.config import GRPOConfig, TrainConfig
@@ -59,7 +58,7 @@ def run_ours(work: Work) -> list[dict[str, float]]:
     reward = RewardConfig(function="rewards.exact_match:exact_match")
     config = GRPOConfig(
         prompts=DataConfig(function="recipes.skills:addition_prompts"), rewards=(reward,),
-        steps=work.steps + work.warmup, prompts_per_step=work.prompts, completions=work.completions,
+        steps=work.steps, prompts_per_step=work.prompts, completions=work.completions,
         max_new_tokens=work.max_new_tokens, learning_rate=work.learning_rate,
     )  # fmt: skip
     prompts = make_prompts(work.rows, AutoTokenizer.from_pretrained(folder), "benchmark")
@@ -67,17 +66,17 @@ def run_ours(work: Work) -> list[dict[str, float]]:
     sampling = Sampling(work.completions, work.max_new_tokens, 1.0, work.seed)
     rollout = RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
     engine = HybridEngine(folder, TrainConfig(), rollout, seed=work.seed)
-    steps = []
     try:
         engine.load(folder, folder, config)
         with RewardPool([reward], Path()) as scorer:
-            begun = time.perf_counter()
-            for done in grpo(engine, batches, config, sampling, scorer, first=1):
-                steps.append(done.metrics | engine.take_metrics() | {"time/step": time.perf_counter() - begun})
+            steps = grpo(engine, batches, config, sampling, scorer, first=1)
+            for _ in questions:
                 begun = time.perf_counter()
+                done = next(steps)
+                metrics = done.metrics | engine.take_metrics() | {"time/step": time.perf_counter() - begun}
+                questions.answer(_our_step(metrics))
     finally:
         engine.close()
-    return [_our_step(step) for step in steps[work.warmup :]]
 
 
 def _our_step(metrics: dict[str, float]) -> dict[str, float]:
@@ -92,20 +91,6 @@ def _our_step(metrics: dict[str, float]) -> dict[str, float]:
         "p99_difference": metrics.get("mismatch/p99", 0.0),
         "canary": metrics.get("handover/canary", 0.0),
     }
-
-
-def run_side(side: str, work: Work, folder: Path) -> list[dict[str, float]]:
-    """One side, in processes of its own."""
-    orders, result = folder / "work.json", folder / "result.json"
-    orders.write_text(json.dumps(asdict(work)))
-    here = Path(__file__).resolve()
-    command = {"ours": [here, "--side", orders, result], "trl": [here.with_name("trl_side.py"), orders, result]}[side]
-    log = folder / f"{side}.log"
-    with log.open("w") as output:
-        code = subprocess.call([sys.executable, *map(str, command)], stdout=output, stderr=subprocess.STDOUT)
-    if code:
-        raise SystemExit(f"{side} failed:\n{log.read_text()[-5000:]}")
-    return json.loads(result.read_text())
 
 
 def report(ours: list[dict[str, float]], trl: list[dict[str, float]], trl_name: str) -> tuple[str, float]:
@@ -146,32 +131,33 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="an SFT stage's final/ directory (default: make one)")
     parser.add_argument("--sft-steps", type=int, default=400, help="SFT steps where no --model is given")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE in recipes/demo.yaml, for that SFT")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of each side, over all rounds")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before them, in each round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often the two sides take turns")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our rollout engine")
     parser.add_argument("--output", type=Path, help="append the report to this Markdown file")
-    parser.add_argument("--side", nargs=2, type=Path, metavar=("WORK", "RESULT"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        work = Work(**json.loads(args.side[0].read_text()))
         set_environment()
-        args.side[1].write_text(json.dumps(run_ours(work)))
+        run_ours(Work(**json.loads(args.side)), Questions())
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder, here = Path(name), Path(__file__)
         model = args.model or train_sft(folder / "sft", args.sft_steps, args.set)
-        work = Work(str(model.resolve()), -(-args.steps // args.rounds), args.warmup, dtype=args.dtype)
-        sides: dict[str, list[Any]] = {"ours": [], "trl": []}
-        for turn in range(args.rounds):
-            for side, steps in sides.items():
-                dtype = work.dtype if side == "ours" else "float32"
-                steps += run_side(side, replace(work, seed=turn, dtype=dtype), folder)
-                seconds = statistics.median(step["step"] for step in steps[-work.steps :])
-                print(f"round {turn + 1}, {side}: {seconds:.3f} s a step (load {os.getloadavg()[0]:.1f})", flush=True)
-        text, ratio = report(sides["ours"], sides["trl"], "TRL" if work.dtype == "float32" else "TRL (float32)")
-        text = f"{describe(machine(), work)}\n\n{text}\n\n**TRL / ours: {ratio:.2f}**\n"
-        print(f"\n{text}")
+        work = Work(str(model.resolve()), args.warmup + 3 * args.steps)
+        mine, theirs = json.dumps(asdict(replace(work, dtype=args.dtype))), json.dumps(asdict(work))
+        sides = {
+            "ours": Side("ours", here, ["--side", mine], folder / "ours.log"),
+            "trl": Side("TRL", here.with_name("trl_side.py"), [theirs], folder / "trl.log"),
+        }
+        for side in sides.values():
+            stack.callback(side.close)
+        steps, disturbed = take_turns(sides, args.steps, args.warmup)
+        text, ratio = report(steps["ours"], steps["trl"], "TRL" if args.dtype == "float32" else "TRL (float32)")
+        text = f"{describe(machine(), replace(work, dtype=args.dtype))}\n\n{text}\n\n**TRL / ours: {ratio:.2f}**\n"
+        if disturbed:
+            text += f"\n{disturbed} of {args.steps} steps were disturbed by other programs: measure again.\n"
+        print(text)
         if args.output:
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(f"## GRPO step\n\n{text}\n")

@@ -3,9 +3,10 @@
     python benchmarks/rollout.py --model runs/demo/01-sft/final --output benchmarks/results/rollout.md
 
 The same prompts, seeds and engine options (MLA off, blocks of 32, eager, no detokenizer, log-probabilities of the
-sampled tokens). Three contenders take turns, each in a process of its own that stays alive while the others run:
-`LLM.generate`; `VllmEngine.generate`, which adds decoded texts and trajectories; and `HybridEngine.rollouts`, which
-adds Ray, grouping, scoring and the object store. Tokens are those of the completions. Goal: at least 90% of the first.
+sampled tokens). Three contenders take turns, each in a process of its own that idles while the others run (a round
+during which other programs ran is taken again): `LLM.generate`; `VllmEngine.generate`, which adds decoded texts and
+trajectories; and `HybridEngine.rollouts`, which adds Ray, grouping, scoring and the object store. Tokens are those of
+the completions. Goal: at least 90% of the first.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Work, describe, machine, set_environment, table, train_sft
+from benchmarks.workload import Questions, Side, Work, describe, machine, set_environment, table, take_turns, train_sft
 
 CONTENDERS = {
     "bare": "`LLM.generate`",
@@ -139,39 +140,12 @@ def rollouts(work: Work) -> Iterator[Callable[[int], Round]]:
 
 
 def serve(contender: str, work: Work) -> None:
-    """In a process of its own: for each step number read, a line with seconds and tokens."""
+    """In a process of its own: for each step number, seconds and tokens."""
     contexts = {"bare": bare, "engine": engine, "rollouts": rollouts}
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    questions = Questions()
     with contexts[contender](work) as run:
-        for line in sys.stdin:
-            print(json.dumps(run(int(line))), file=answers)
-
-
-class Contender:
-    """The other end of `serve`."""
-
-    def __init__(self, name: str, work: str, log: Path) -> None:
-        self._name, self._log = name, log
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", name, work]
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-
-    def run(self, step: int) -> Round:
-        """One step's requests. Exits with the process's own words where it died."""
-        print(step, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{self._name} failed:\n{self._log.read_text()[-5000:]}")
-        seconds, tokens = json.loads(answer)
-        return seconds, tokens
-
-    def close(self) -> None:
-        """End of input ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
+        for step in questions:
+            questions.answer(run(int(step)))
 
 
 def report(rounds: dict[str, list[Round]]) -> str:
@@ -211,26 +185,24 @@ def main() -> None:
     if args.serve:
         serve(args.serve[0], Work(**json.loads(args.serve[1])))
         return
-    from dataclasses import asdict
-
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        model = args.model or train_sft(Path(name) / "sft", args.sft_steps)
-        work = Work(
-            str(model.resolve()), args.rounds, args.warmup, dtype=args.dtype, max_new_tokens=args.max_new_tokens
-        )
+        folder = Path(name)
+        model = args.model or train_sft(folder / "sft", args.sft_steps)
+        steps = args.warmup + 3 * args.rounds
+        work = Work(str(model.resolve()), steps, dtype=args.dtype, max_new_tokens=args.max_new_tokens)
         from rollout.vllm.environment import environment
 
         os.environ |= environment(rollout_config(work))
-        contenders = {key: Contender(key, json.dumps(asdict(work)), Path(name) / key) for key in CONTENDERS}
-        for contender in contenders.values():
-            stack.callback(contender.close)
-        rounds: dict[str, list[Round]] = {key: [] for key in CONTENDERS}
-        for step in range(1, args.warmup + args.rounds + 1):
-            for key, contender in contenders.items():
-                found = contender.run(step)
-                if step > args.warmup:
-                    rounds[key].append(found)
+        sides = {
+            key: Side(title, Path(__file__), ["--serve", key, json.dumps(asdict(work))], folder / key)
+            for key, title in CONTENDERS.items()
+        }
+        for side in sides.values():
+            stack.callback(side.close)
+        rounds, disturbed = take_turns(sides, args.rounds, args.warmup)
         text = f"{describe(machine(), work)}\n\n{report(rounds)}\n"
+        if disturbed:
+            text += f"\n{disturbed} of {args.rounds} rounds were disturbed by other programs: measure again.\n"
         print(text)
         if args.output:
             with args.output.open("a", encoding="utf-8") as file:

