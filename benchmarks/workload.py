@@ -171,7 +171,7 @@ def describe(facts: dict[str, Any], work: Work) -> str:
     """The lines above a table."""
     flags = f"AMX {'yes' if facts['amx'] else 'no'}, AVX512-BF16 {'yes' if facts['avx512_bf16'] else 'no'}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    settings = {key: value for key, value in asdict(work).items() if key != "model"}
+    settings = {key: value for key, value in asdict(work).items() if key not in ("model", "steps")}
     return (
         f"{facts['date']}, {facts['processor']} ({flags}), {facts['cores']} cores, Python {facts['python']}, "
         f"{versions}\n\n{', '.join(f'{key} {value}' for key, value in settings.items())}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ class RolloutWorker:
         from rollout.vllm.engine import VllmEngine
 
         self._engine = VllmEngine(model_dir, config, seed=seed, dummy=True)
+        # References inside a yielded value are not safe from Ray's reference counting until all have fetched them
+        # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner holds on to two batches' worth.
+        self._published: deque[list[ray.ObjectRef]] = deque(maxlen=2)
 
     def pid(self) -> int:
         """Process id, for those who watch or kill it."""
@@ -57,6 +61,8 @@ class RolloutWorker:
     ) -> Iterator[list[Finished]]:
         """Sample the prompts, which stand at `places` of the batch; yield groups, several at a time, once complete."""
         requests = group_requests(prompts, places, sampling, step)
+        held: list[ray.ObjectRef] = []
+        self._published.append(held)
         waiting: dict[int, list[Sample]] = {slot: [] for slot in range(len(prompts))}
         complete: list[tuple[int, list[Sample]]] = []
         at_least = max(1, len(prompts) // 8)  # a message costs about as much as a step of the engine
@@ -67,10 +73,10 @@ class RolloutWorker:
                 if len(waiting[slot]) == sampling.completions:
                     complete.append((places[slot], waiting.pop(slot)))
             if len(complete) >= at_least:
-                yield _publish(complete)
+                yield _publish(complete, held)
                 complete = []
         if complete:
-            yield _publish(complete)
+            yield _publish(complete, held)
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         """Sample single requests (evals)."""
@@ -81,10 +87,11 @@ class RolloutWorker:
         return self._engine.score(sequences)
 
 
-def _publish(groups: list[tuple[int, list[Sample]]]) -> list[Finished]:
-    """Trajectories go to the object store, once for all these groups; what is left is small."""
+def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) -> list[Finished]:
+    """Trajectories go to the object store, once for all these groups (`held` gets the reference); the rest is small."""
     ordered = [(place, sorted(samples, key=lambda sample: sample.index)) for place, samples in groups]
     ref = ray.put([sample.trajectory for _, samples in ordered for sample in samples])
+    held.append(ref)
     finished, index = [], 0
     for place, samples in ordered:
         completions = []
