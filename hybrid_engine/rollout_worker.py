@@ -37,7 +37,7 @@ class RolloutWorker:
 
         self._engine = VllmEngine(model_dir, config, seed=seed, dummy=True)
         # References inside a yielded value are not safe from Ray's reference counting until all have fetched them
-        # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner holds on to two batches' worth.
+        # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner keeps those of two batches.
         self._published: deque[list[ray.ObjectRef]] = deque(maxlen=2)
 
     def pid(self) -> int:

@@ -66,7 +66,7 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe, *, accept_changes: bool) -> None:
         """Begin or continue a run. Raises RecipeError when the recipe has changed, or another process runs here."""
-        self.path = path
+        self.path = path = path.resolve()  # actors have another working directory, the recipe another base
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path / ".lock")
         now, kept = resolved(recipe), path / "recipe.yaml"
