@@ -12,7 +12,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length, is_conversational_from_value, maybe_convert_to_chatml
 
 from alignment.config import SFTConfig
-from rollout.prompts import encode_chat, encode_text, is_chat
+from rollout.prompts import encode_chat, encode_strings, encode_text, is_chat
 from rollout.types import Trajectory
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ def make_sft_rows(
     `loss_tokens`. Raises `ValueError` naming `source` and the row.
     """
     trajectories, cut = [], 0
+    strings = encode_strings((text for row in rows for text in _prompt_and_whole(row, tokenizer.eos_token)), tokenizer)
     for index, row in enumerate(rows):
-        if row.get("conversations") and is_conversational_from_value(row):
-            row = maybe_convert_to_chatml(copy.deepcopy(dict(row)))  # it changes the row in place
-        encode = _encode_completion if {"prompt", "completion"} <= row.keys() else _encode_messages
-        token_ids, loss_mask = encode(row, f"{source}, row {index}", tokenizer, config.completion_only)
+        where = f"{source}, row {index}"
+        if _is_pair(row):
+            token_ids, loss_mask = _encode_pair(row, strings, where, tokenizer, config.completion_only)
+        else:
+            token_ids, loss_mask = _encode_messages(row, where, tokenizer, config.completion_only)
         cut += len(token_ids) > config.max_length
         token_ids, loss_mask = np.array(token_ids[: config.max_length], np.int32), loss_mask[: config.max_length]
         loss_mask[:1] = False
@@ -60,19 +62,34 @@ def make_sft_rows(
     }
 
 
-def _encode_completion(
-    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    return {"prompt", "completion"} <= row.keys()
+
+
+def _prompt_and_whole(row: Mapping[str, Any], eos_token: str) -> tuple[Any, ...]:
+    """Prompt and prompt + completion (a string gets the end token) if both are strings, or both are lists."""
+    if not _is_pair(row) or {type(row["prompt"]), type(row["completion"])} not in ({str}, {list}):
+        return ()
+    prompt, completion = row["prompt"], row["completion"]
+    ends = not isinstance(completion, str) or completion.endswith(eos_token)
+    return prompt, prompt + (completion if ends else completion + eos_token)
+
+
+def _encode_pair(
+    row: Mapping[str, Any],
+    strings: Mapping[str, list[int]],
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    completion_only: bool,
 ) -> Masked:
     """Prompt and prompt + completion, tokenised apart: the completion starts where the two diverge (TRL's rule)."""
-    prompt, completion = row["prompt"], row["completion"]
-    chat = is_chat(prompt, f"{where}, column `prompt`")
-    if chat != is_chat(completion, f"{where}, column `completion`"):
+    chats = {is_chat(row[name], f"{where}, column `{name}`") for name in ("prompt", "completion")}
+    if len(chats) > 1:
         raise ValueError(f"{where}: `prompt` and `completion` must both be strings or both be chat messages")
-    if not chat and not completion.endswith(tokenizer.eos_token):
-        completion += tokenizer.eos_token
+    prompt, whole = _prompt_and_whole(row, tokenizer.eos_token)
     template = _template(row)
-    before = encode_text(prompt, tokenizer, where, add_generation_prompt=True, **template)
-    token_ids = encode_text(prompt + completion, tokenizer, where, **template)
+    before = encode_text(prompt, strings, tokenizer, where, add_generation_prompt=True, **template)
+    token_ids = encode_text(whole, strings, tokenizer, where, **template)
     start = common_prefix_length(before, token_ids) if completion_only else 0
     return token_ids, np.arange(len(token_ids)) >= start
 
@@ -81,6 +98,8 @@ def _encode_messages(
     row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
 ) -> Masked:
     """A whole chat; the template's `{% generation %}` blocks are the assistant's words."""
+    if row.get("conversations") and is_conversational_from_value(row):
+        row = maybe_convert_to_chatml(copy.deepcopy(dict(row)))  # it changes the row in place
     if not is_chat(row.get("messages"), f"{where}, column `messages`"):
         raise ValueError(f"{where}: `messages` must be a list of chat messages, got a string")
     template = _template(row)

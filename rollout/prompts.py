@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jinja2
@@ -22,9 +22,10 @@ def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
     template with the generation prompt. Raises `ValueError` naming `source` and the row.
     """
     prompts = []
+    encoded = encode_strings((row["prompt"] for row in rows), tokenizer)
     for index, row in enumerate(rows):
         where = f"{source}, row {index}, column `prompt`"
-        token_ids = encode_text(row["prompt"], tokenizer, where, add_generation_prompt=True)
+        token_ids = encode_text(row["prompt"], encoded, tokenizer, where, add_generation_prompt=True)
         if not token_ids:
             raise ValueError(f"{where}: the prompt is empty; the policy needs at least one token to start from")
         columns = {name: value for name, value in row.items() if name != "prompt"}
@@ -32,14 +33,21 @@ def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
     return prompts
 
 
-def encode_text(text: Text, tokenizer: PreTrainedTokenizerBase, where: str, **template: Any) -> list[int]:
-    """Token ids of a string (as the tokenizer adds special tokens) or a chat (`template`: arguments of its template).
+def encode_strings(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Token ids of the strings among `texts`, special tokens as the tokenizer adds them: one call for all of them."""
+    strings = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+    encoded = tokenizer(strings, return_attention_mask=False)["input_ids"] if strings else []
+    return dict(zip(strings, encoded, strict=True))
+
+
+def encode_text(
+    text: Text, encoded: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase, where: str, **template: Any
+) -> list[int]:
+    """Token ids of a string, from `encode_strings`, or of a chat (`template`: arguments of its template).
 
     where: the text's name in messages. Raises `ValueError` for what is neither, or has no template.
     """
-    if is_chat(text, where):
-        return encode_chat(text, tokenizer, where, **template)["input_ids"]
-    return tokenizer(text)["input_ids"]
+    return encode_chat(text, tokenizer, where, **template)["input_ids"] if is_chat(text, where) else encoded[text]
 
 
 def encode_chat(

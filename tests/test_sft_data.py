@@ -131,6 +131,7 @@ def test_a_template_without_marks_trains_on_whole_chats_only_when_asked():
     [
         ({"prompt": "x", "completion": 3}, "column `completion`: expected a string or a list of chat messages"),
         ({"prompt": "x", "completion": [assistant("y")]}, "must both be strings or both be chat messages"),
+        ({"prompt": None, "completion": None}, "column `prompt`: expected a string or a list of chat messages"),
         ({"messages": []}, "column `messages`: expected a string or a list of chat messages"),
         ({"messages": "hello"}, "`messages` must be a list of chat messages"),
     ],
@@ -146,10 +147,13 @@ def test_data_without_a_token_to_train_on_is_refused(tokenizer):
         make_sft_rows([{"prompt": "9" * 60, "completion": "9"}], tokenizer, sft_config(), "rows")
 
 
-def test_ten_thousand_rows_in_four_seconds(tokenizer):
+def test_ten_thousand_rows_in_two_seconds(tokenizer):
     rows = [{"prompt": f"what is {i}+{i}=", "completion": str(2 * i)} for i in range(10_000)]
     make_sft_rows(rows[:1], tokenizer, sft_config(), "rows")  # TRL's import is not what is measured
-    start = time.process_time()
-    trajectories, _ = make_sft_rows(rows, tokenizer, sft_config(), "rows")
-    assert time.process_time() - start < 4
+    seconds = []
+    for _ in range(3):  # the best of them: the first also pays for fresh memory
+        start = time.process_time()
+        trajectories, _ = make_sft_rows(rows, tokenizer, sft_config(), "rows")
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 2
     assert len(trajectories) == 10_000
