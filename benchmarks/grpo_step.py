@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Questions, Side, Work, describe, machine, set_environment, table, take_turns, train_sft
+from benchmarks.workload import Questions, Side, Work, describe, publish, set_environment, table, take_turns, train_sft
 
 PHASES = {
     "generate": "generate",
@@ -154,13 +154,10 @@ def main() -> None:
             stack.callback(side.close)
         steps, disturbed = take_turns(sides, args.steps, args.warmup)
         text, ratio = report(steps["ours"], steps["trl"], "TRL" if args.dtype == "float32" else "TRL (float32)")
-        text = f"{describe(machine(), replace(work, dtype=args.dtype))}\n\n{text}\n\n**TRL / ours: {ratio:.2f}**\n"
+        text = f"{describe(replace(work, dtype=args.dtype))}\n\n{text}\n\n**TRL / ours: {ratio:.2f}**\n"
         if disturbed:
             text += f"\n{disturbed} of {args.steps} steps were disturbed by other programs: measure again.\n"
-        print(text)
-        if args.output:
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(f"## GRPO step\n\n{text}\n")
+        publish("GRPO step", text, args.output)
 
 
 if __name__ == "__main__":

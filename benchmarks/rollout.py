@@ -27,7 +27,7 @@ from typing import Any
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Questions, Side, Work, describe, machine, set_environment, table, take_turns, train_sft
+from benchmarks.workload import Questions, Side, Work, describe, publish, set_environment, table, take_turns, train_sft
 
 CONTENDERS = {
     "bare": "`LLM.generate`",
@@ -200,13 +200,10 @@ def main() -> None:
         for side in sides.values():
             stack.callback(side.close)
         rounds, disturbed = take_turns(sides, args.rounds, args.warmup)
-        text = f"{describe(machine(), work)}\n\n{report(rounds)}\n"
+        text = f"{describe(work)}\n\n{report(rounds)}\n"
         if disturbed:
             text += f"\n{disturbed} of {args.rounds} rounds were disturbed by other programs: measure again.\n"
-        print(text)
-        if args.output:
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(f"## Rollouts\n\n{text}\n")
+        publish("Rollouts", text, args.output)
 
 
 if __name__ == "__main__":

@@ -167,18 +167,31 @@ def machine() -> dict[str, Any]:
     }
 
 
-def describe(facts: dict[str, Any], work: Work) -> str:
-    """The lines above a table."""
+def machine_line() -> str:
+    """`machine` in one line."""
+    facts = machine()
     flags = f"AMX {'yes' if facts['amx'] else 'no'}, AVX512-BF16 {'yes' if facts['avx512_bf16'] else 'no'}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    settings = {key: value for key, value in asdict(work).items() if key not in ("model", "steps")}
     return (
-        f"{facts['date']}, {facts['processor']} ({flags}), {facts['cores']} cores, Python {facts['python']}, "
-        f"{versions}\n\n{', '.join(f'{key} {value}' for key, value in settings.items())}"
+        f"{facts['date']}, {facts['processor']} ({flags}), {facts['cores']} cores, Python {facts['python']}, {versions}"
     )
+
+
+def describe(work: Work) -> str:
+    """The lines above a table."""
+    settings = {key: value for key, value in asdict(work).items() if key not in ("model", "steps")}
+    return f"{machine_line()}\n\n{', '.join(f'{key} {value}' for key, value in settings.items())}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def publish(title: str, text: str, output: Path | None) -> None:
+    """Print the report, and append it to the Markdown file `output`."""
+    print(text)
+    if output:
+        with output.open("a", encoding="utf-8") as file:
+            file.write(f"## {title}\n\n{text}\n")
