@@ -51,7 +51,7 @@ def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[T
                 count = int(tokens[p, g])
                 weight = 1 / batch_tokens if config.normalize == "token" else 1 / (count * sequences)
                 length = len(groups[p].prompt.token_ids) + count
-                rows.append(TrainRow(completion.handle, p, length, count, float(advantages[p, g]), weight))
+                rows.append(TrainRow(completion.handle, p, length, float(advantages[p, g]), weight))
         minibatches.append(rows)
     return minibatches
 

@@ -62,7 +62,7 @@ class OptimizerConfig(Config):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls after the warm-up; linear and cosine reach 0 at the last step."""
+    """How the learning rate falls after the warm-up; linear and cosine would reach 0 one step after the last."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     decay_steps: int | None = Field(None, ge=1)
@@ -163,7 +163,7 @@ class GRPOConfig(StageConfig):
     truncated: Literal["train", "mask", "zero"] = "train"
     """Completions cut at the length limit: train on them, mask them out of the loss, or reward them 0."""
     mismatch_limit: float | None = Field(None, gt=0)
-    """Stop when the k3 KL between sampler and trainer exceeds this (default 1e-3 in float32, 0.1 in bfloat16)."""
+    """Stop when the k3 KL between sampler and trainer exceeds this (default 1e-7 in float32, 0.1 in bfloat16)."""
     top_p: float = Field(1.0, json_schema_extra={"const": 1.0})
     """Refused other than 1: no likelihood of a cut distribution can be compared."""
 
@@ -186,6 +186,9 @@ class GRPOConfig(StageConfig):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two rewards are called `{twice[0]}`: give each its own `name`")
+        taken = sorted({"mean", "std", "masked"} & set(names))
+        if taken:
+            raise ValueError(f"a reward cannot be called `{taken[0]}`, a metric of the batch: give it another `name`")
         return self
 
 

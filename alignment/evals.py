@@ -56,6 +56,7 @@ def check_tasks(
     base_dir: Path,
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
     data_dir: Path | None = None,
 ) -> list[TaskInfo]:
     """Load every task and build its prompts, without a model. `run_evals` says where files are looked for.
@@ -64,7 +65,7 @@ def check_tasks(
     sampler does not do, or needs more context than the `max_length` tokens there are.
     """
     infos = []
-    with _tasks(config, tokenizer, base_dir, data_dir, seed=0) as tasks:
+    with _tasks(config, tokenizer, base_dir, data_dir, seed) as tasks:
         for name, task in tasks.items():
             task.build_all_requests(
                 limit=config.limit,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from alignment.advantages import group_advantages
 from alignment.batch import grpo_minibatches, rewards_PG
 from alignment.config import GRPOConfig
 from alignment.losses import grpo_loss
@@ -45,6 +47,8 @@ def grpo(
 def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int) -> dict[str, float]:
     """Advantages within each group, then the clipped update(s) on them."""
     minibatches = grpo_minibatches(groups, config)
+    if not any(minibatches):  # no group has signal: a counted step without an update
+        return rollout_metrics(groups, config) | _merge_updates([])
     loss = partial(grpo_loss, clip_low=config.clip, clip_high=config.clip_high or config.clip, kl=config.kl)
     if config.kl > 0:
         with engine.phase("reference") as policy:
@@ -54,14 +58,13 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
         if config.updates_per_batch > 1:  # with one update the forward's own log-probabilities are the old ones
             minibatches = [_add_logprobs(policy, rows, config, reference=False) for rows in minibatches]
         for i, rows in enumerate(minibatches):
-            if not any(minibatches):
-                break  # no group has signal: a counted step without an update
             done, total = (n * config.updates_per_batch for n in (step - 1, config.steps))
             rate = learning_rate(config, done + i, total)
             update = policy.update(
                 rows, loss, learning_rate=rate, temperature=config.temperature, max_grad_norm=config.max_grad_norm
             )
-            check_mismatch(update, config, engine.rollout_dtype, step)
+            if rows:
+                check_mismatch(update, config, engine.precision, step)
             updates.append(update | {"learning_rate": rate})
     return rollout_metrics(groups, config) | _merge_updates(updates)
 
@@ -74,12 +77,12 @@ def _add_logprobs(policy: Policy, rows: list[TrainRow], config: GRPOConfig, *, r
 
 def check_mismatch(metrics: dict[str, float], config: GRPOConfig, dtype: str, step: int) -> None:
     """Raise MismatchError where the k3 KL between sampler and trainer exceeds the stage's limit."""
-    limit = config.mismatch_limit or {"float32": 1e-3, "bfloat16": 0.1}[dtype]
-    found = metrics.get("mismatch/k3", 0.0)
+    limit = config.mismatch_limit or {"float32": 1e-7, "bfloat16": 0.1}[dtype]
+    found = metrics.get("mismatch/k3", math.nan)
     if not found <= limit:
         raise MismatchError(
             f"step {step}: the k3 KL between sampler and trainer is {found:.3g}, above mismatch_limit {limit:.3g} "
-            f"(largest |difference of log-probabilities| {metrics['mismatch/max']:.3g}); "
+            f"(largest |difference of log-probabilities| {metrics.get('mismatch/max', math.nan):.3g}); "
             "the engine does not compute what the trainer computes"
         )
 
@@ -89,10 +92,7 @@ def rollout_metrics(groups: list[Group], config: GRPOConfig) -> dict[str, float]
     rewards = rewards_PG(groups, config.truncated)
     lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
     cut = np.array([[c.finish_reason == "length" for c in group.completions] for group in groups])
-    with np.errstate(invalid="ignore"):
-        signal = np.nanmax(np.where(np.isnan(rewards), -np.inf, rewards), axis=1) > np.nanmin(
-            np.where(np.isnan(rewards), np.inf, rewards), axis=1
-        )
+    signal = (group_advantages(rewards, scale=False) != 0).any(axis=1)
     metrics = {
         "reward/mean": _mean(rewards),
         "reward/std": _mean(rewards.std(axis=1)),
@@ -108,6 +108,9 @@ def rollout_metrics(groups: list[Group], config: GRPOConfig) -> dict[str, float]
         part = np.stack([group.scores.parts[name] for group in groups])
         metrics[f"reward/{name}"] = _mean(part)
         metrics[f"reward/{name}/std"] = float(np.nanstd(part)) if not np.isnan(part).all() else float("nan")
+    logged = [group.scores.extra for group in groups]
+    for name in dict.fromkeys(name for extra in logged for name, value in extra.items() if isinstance(value, float)):
+        metrics[f"logged/{name}"] = float(np.mean([extra[name] for extra in logged if name in extra]))
     return metrics
 
 

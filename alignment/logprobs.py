@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from alignment.attention import tree_layout
 from alignment.tree import MicroBatch
 
 LOGITS_PER_CHUNK = 32 * 1024 * 1024
-"""Logits held at once beyond which log-probabilities are computed in chunks, each recomputed in the backward pass."""
+"""Logits beyond which the softmax runs in chunks, each recomputed in the backward pass (the logits stay whole)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
     return TokenLogprobs(logprobs_M[edges_C], entropies_M[edges_C])
 
 
-def tree_logits(model: PreTrainedModel, batch: MicroBatch, sources: torch.Tensor) -> torch.Tensor:
-    """Logits [M, V] at the nodes `sources` [M] (int64 array). With no sources, those of node 0, times zero."""
+def tree_logits(model: PreTrainedModel, batch: MicroBatch, sources: np.ndarray) -> torch.Tensor:
+    """Logits [M, V] at the nodes `sources` [M] int64. With no sources: [0, V], which still hangs on the graph."""
     device = model.device
     nodes = torch.from_numpy(sources).to(device)
     empty = len(nodes) == 0

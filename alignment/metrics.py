@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import TrackerKind
+from alignment.files import write_text
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -47,18 +48,16 @@ class MetricsLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Forget every row past `step`, all or nothing: a run that resumes there writes them again."""
-        kept = [row for row in read(self.path) if row["step"] <= step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file.close()
-        os.replace(temporary, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-
     def close(self) -> None:
         """Close the file. Safe to call twice."""
         self._file.close()
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Forget the rows of a .jsonl file past `step`, all or nothing: a run that resumes there writes them again."""
+    if path.is_file():
+        kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in read(path) if row["step"] <= step]
+        write_text(path, "".join(kept))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import ModelConfig
+from alignment.files import atomic_directory
 from alignment.presets import preset_config, train_tokenizer
 
 disable_progress_bar()  # its bars for every load and save would tear the stage's own display
@@ -147,25 +145,3 @@ def save_model_dir(
     with atomic_directory(out_dir) as folder:
         model.save_pretrained(folder, state_dict=None if state is None else dict(state))
         tokenizer.save_pretrained(folder)
-
-
-def unfinished(path: Path) -> Path:
-    """Where the files of `path` lie until all of them are written."""
-    return path.with_name(f".{path.name}.new")
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """The new folder `unfinished(path)`, which becomes `path`, its files synced to disk, when the block ends well."""
-    folder = unfinished(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    yield folder
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened)
-    if path.exists():
-        shutil.rmtree(path)
-    folder.rename(path)

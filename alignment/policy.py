@@ -34,7 +34,8 @@ class UpdateStats:
     """One rank's part of an update's metrics; `merge_stats` makes the step's of them.
 
     sums: sums over tokens that add up over ranks. tokens: loss-carrying tokens. nodes: tokens computed.
-    mismatch: [tokens] float32, trainer's old log-probability minus the sampler's (empty when nothing was sampled).
+    mismatch: [tokens] float32, trainer's old log-probability minus the sampler's (empty when nothing was sampled; NaN
+    where the sampler gave none, which no limit lets pass).
     """
 
     sums: Mapping[str, float]
@@ -99,8 +100,9 @@ class RankPolicy:
         self._add("entropy", computed.entropies.sum())
         for name, value in outputs.sums.items():
             self._add(name, value)
-        difference = inputs.old_logprobs.detach().cpu().numpy() - sampler_C
-        return difference[~np.isnan(difference)]
+        if np.isnan(sampler_C).all():
+            return np.empty(0, np.float32)
+        return inputs.old_logprobs.detach().cpu().numpy() - sampler_C
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())

@@ -22,7 +22,7 @@ class TrainRow:
 
     trajectory: a `Handle`; the rank that gets the row resolves it.
     group: rows of the same group share prefixes and go to the same rank.
-    length: tokens of the sequence, for balancing. tokens: how many of them carry loss.
+    length: tokens of the sequence, for balancing.
     advantage: A_i (eq. 34); 1.0 in SFT. weight: factor of each of its tokens in the loss; all
     normalisation is in here, once (the loss is a plain sum).
     old_logprobs, reference_logprobs: handles to float32 [tokens], or None (on-policy; no KL).
@@ -31,7 +31,6 @@ class TrainRow:
     trajectory: Handle
     group: int
     length: int
-    tokens: int
     advantage: float
     weight: float
     old_logprobs: Handle | None = None
@@ -81,8 +80,8 @@ class Engine(Protocol):
     """The hybrid engine: one policy, a training layout and a rollout layout."""
 
     @property
-    def rollout_dtype(self) -> str:
-        """Precision of the rollout engines: "float32" or "bfloat16"."""
+    def precision(self) -> str:
+        """The less precise of training and rollout: "float32" or "bfloat16"."""
 
     def rollouts(
         self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: Scorer
@@ -97,4 +96,4 @@ class Engine(Protocol):
         """The live engines with the newest weights (handed over if they are not in yet)."""
 
     def take_metrics(self) -> dict[str, Any]:
-        """Phase times and engine metrics since the last call: `time/*` seconds, `tokens/*`, `handover/*`."""
+        """Phase times and engine metrics since the last call: `time/*` seconds, `handover/*`."""

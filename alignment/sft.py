@@ -33,7 +33,7 @@ def sft_step(engine: Engine, batch: Sequence[Trajectory], config: SFTConfig, ste
     total = sum(int(row.loss_mask[1:].sum()) for row in batch)
     held = list(batch)
     rows = [
-        TrainRow(Handle(held, i), i, len(row.token_ids), int(row.loss_mask[1:].sum()), 1.0, 1 / max(1, total))
+        TrainRow(Handle(held, i), i, len(row.token_ids), 1.0, 1 / max(1, total))
         for i, row in enumerate(batch)
     ]
     with engine.phase("train") as policy:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
+
+from alignment.files import write_text
 
 RESAMPLES = 10_000
 
@@ -168,9 +169,7 @@ def detectable_drop(n: int, discordance: float = 0.2) -> float:
 
 def save_results(path: Path, results: Sequence[TaskResult]) -> None:
     """Write results as one JSON list, all or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps([asdict(r) | {"values": r.values.tolist()} for r in results]), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps([asdict(r) | {"values": r.values.tolist()} for r in results]))
 
 
 def load_results(path: Path) -> list[TaskResult]:

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment.model import atomic_directory, save_model_dir, unfinished
+from alignment.files import atomic_directory, unfinished
+from alignment.model import save_model_dir
 
 
 def step_dir(checkpoints: Path, step: int) -> Path:

@@ -28,7 +28,7 @@ from alignment.batch import split_over_ranks
 from alignment.config import OptimizerConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
-from hybrid_engine.health import WorkerError, describe, wait_all
+from hybrid_engine.health import WorkerError, describe, wait_all, wait_any
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
 from hybrid_engine.sampler import ReplicaSampler
 from hybrid_engine.train_worker import HandOver, TrainWorker
@@ -40,7 +40,7 @@ from rollout.vllm.environment import environment
 from rollout.weights import canary_error
 
 CANARY_LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
-"""Largest |log p_engine - log p_trainer| of a canary token, in nats, that passes."""
+"""Largest |log p_engine - log p_trainer| of a canary token, in nats, that passes; of the less precise of the two."""
 
 
 class CanaryError(RuntimeError):
@@ -57,7 +57,16 @@ class HybridEngine:
         self._metrics: dict[str, float] = {}
         self._version = 0
         self._handed_over = -1
+        self._ranks: dict[str, Any] = {}
+        self._replicas: dict[str, Any] = {}
         self._started_ray = start_ray(ray_address)
+        try:
+            self._start(model_dir, train, rollout, seed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, seed: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._ranks = {
             f"training rank {rank}": _actor(TrainWorker, _threads(train.shard), {}).remote(
@@ -66,16 +75,16 @@ class HybridEngine:
             for rank in range(train.shard)
         }
         self._replicas = {
-            f"rollout engine {replica}": _actor(
-                RolloutWorker, _threads(rollout.replicas), environment(rollout)
-            ).remote(model_dir, rollout, seed)
+            f"rollout engine {replica}": _actor(RolloutWorker, _threads(rollout.replicas), environment(rollout)).remote(
+                model_dir, rollout, seed
+            )
             for replica in range(rollout.replicas)
         }
         first = next(iter(self._ranks.values()))
         address = wait_all({"training rank 0": first.address.remote()})[0]
         wait_all({name: rank.join.remote(address) for name, rank in self._ranks.items()})
         lengths = wait_all({name: replica.max_length.remote() for name, replica in self._replicas.items()})
-        self._sampler = ReplicaSampler(tuple(self._replicas.values()), lengths[0])
+        self._sampler = ReplicaSampler(self._replicas, self._ranks, lengths[0])
         self._canary = _canary_prompts(model_dir, lengths[0])
 
     # -- a stage -----------------------------------------------------------------------------------------------
@@ -106,14 +115,15 @@ class HybridEngine:
     # -- what a step asks for ----------------------------------------------------------------------------------
 
     @property
-    def rollout_dtype(self) -> str:
-        """Precision of the rollout engines."""
-        return self._rollout_config.dtype
+    def precision(self) -> str:
+        """As `Engine.precision`."""
+        return max(self._train_config.dtype, self._rollout_config.dtype, key=CANARY_LIMIT.__getitem__)
 
     @property
     def sampler(self) -> ReplicaSampler:
         """The live engines with the newest weights."""
-        self._hand_over()
+        if self._handed_over != self._version:
+            self._hand_over()
         return self._sampler
 
     @contextmanager
@@ -125,7 +135,10 @@ class HybridEngine:
     def rollouts(
         self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: Scorer
     ) -> Iterator[list[Group]]:
-        """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order."""
+        """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order.
+
+        Weights go in at every step, also where the last one changed none: a run that resumes here does so too.
+        """
         for step, prompts in batches:
             self._hand_over()
             with self.phase("generate"):
@@ -146,8 +159,7 @@ class HybridEngine:
             for r, actor in enumerate(self._replicas.values())
         }
         while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1)
-            stream = ready[0]
+            stream = wait_any(streams, self._ranks)
             r = streams[stream]
             try:
                 finished: list[Finished] = ray.get(next(stream))
@@ -157,7 +169,7 @@ class HybridEngine:
             except ray.exceptions.RayError as error:
                 raise WorkerError(f"rollout engine {r}: {describe(error)}") from error
             groups = [(item.place, Group(prompts[item.place], item.completions)) for item in finished]
-            yield groups, scorer.submit([group for _, group in groups], {"global_step": step})
+            yield groups, scorer.submit([group for _, group in groups], {"global_step": step - 1})
 
     def update(
         self, rows: Sequence[TrainRow], loss: Loss, *, learning_rate: float, temperature: float, max_grad_norm: float
@@ -168,7 +180,8 @@ class HybridEngine:
             {
                 name: rank.update.remote([rows[i] for i in part], loss, learning_rate, temperature, max_grad_norm)
                 for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
-            }
+            },
+            self._replicas,
         )
         self._version += 1
         return merge_stats(stats)
@@ -180,7 +193,8 @@ class HybridEngine:
             {
                 name: rank.logprobs.remote([rows[i] for i in part], temperature, reference)
                 for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
-            }
+            },
+            self._replicas,
         )
         placed: dict[int, Handle] = {}
         for part, handles in zip(parts, results, strict=True):
@@ -203,18 +217,17 @@ class HybridEngine:
     # -- weights -----------------------------------------------------------------------------------------------
 
     def _hand_over(self) -> None:
-        """Bring the newest weights into every replica, verified, if they are not there yet."""
-        if self._handed_over == self._version:
-            return
+        """Bring the newest weights into every replica, verified."""
         with self._timed("handover"):
             sent: HandOver = self._call_ranks(lambda rank: rank.hand_over.remote(self._version, self._canary))[0]
             answers = wait_all(
                 {
                     name: replica.receive.remote(sent.manifest, sent.buffer, self._canary)
                     for name, replica in self._replicas.items()
-                }
+                },
+                self._ranks,
             )
-        limit = CANARY_LIMIT[self._rollout_config.dtype]
+        limit = CANARY_LIMIT[self.precision]
         for name, answer in zip(self._replicas, answers, strict=True):
             error = canary_error(answer, sent.canary)
             self._metrics["handover/canary"] = max(error, self._metrics.get("handover/canary", 0.0))
@@ -227,7 +240,7 @@ class HybridEngine:
         self._handed_over = self._version
 
     def _call_ranks(self, call: Any) -> list[Any]:
-        return wait_all({name: call(rank) for name, rank in self._ranks.items()})
+        return wait_all({name: call(rank) for name, rank in self._ranks.items()}, self._replicas)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -251,13 +264,13 @@ def start_ray(address: str | None) -> bool:
     if address is not None:
         ray.init(address=address, log_to_driver=False)
     else:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     return True
 
 
 def _threads(processes: int) -> int:
     """Threads of each of several processes that run at the same time."""
-    return max(1, (os.cpu_count() or 1) // processes)
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _actor(cls: type, threads: int, variables: dict[str, str]) -> Any:

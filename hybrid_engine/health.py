@@ -1,16 +1,15 @@
-"""Waiting for actors so that a failure ends the run with its first cause, and in bounded time."""
+"""Waiting for actors so that a failure ends the run with its first cause, and soon."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-CALL_TIMEOUT = 3600.0
-"""Seconds that one call of an actor may take; a rank that waits for a dead one is found long before."""
+LOOK = 10.0
+"""Seconds without an answer after which the actors that should be idle are looked for."""
 
 GRACE = 5.0
 """Seconds to look for the death that made the others fail, once one call has failed."""
@@ -20,28 +19,31 @@ class WorkerError(RuntimeError):
     """An actor died or raised. The message names the actor and says what happened first."""
 
 
-def wait_all(calls: Mapping[str, ray.ObjectRef], timeout: float = CALL_TIMEOUT) -> list[Any]:
+def wait_all(calls: Mapping[str, ray.ObjectRef], idle: Mapping[str, Any] | None = None) -> list[Any]:
     """The results of calls running at once, in order. `calls`: a name for messages -> the call's reference.
 
+    idle: actors that have nothing to do meanwhile, by name: their death is noticed too.
     Raises WorkerError as soon as one fails, naming the one that died where a death made others fail too.
     """
     names = {ref: name for name, ref in calls.items()}
     pending = list(names)
-    deadline = time.monotonic() + timeout
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            waiting = ", ".join(names[ref] for ref in pending)
-            raise WorkerError(f"no answer within {timeout:.0f} s from {waiting}")
-        failure = _failure(done[0])
+        done = wait_any(pending, idle or {})
+        pending.remove(done)
+        failure = _failure(done)
         if failure is not None:
-            _raise_first_cause(names, done[0], failure, pending)
+            _raise_first_cause(names, done, failure, pending)
     return ray.get(list(names))
 
 
-def result(name: str, ref: ray.ObjectRef, timeout: float = CALL_TIMEOUT) -> Any:
-    """The result of one call; raises as `wait_all` does."""
-    return wait_all({name: ref}, timeout)[0]
+def wait_any(pending: Iterable[Any], idle: Mapping[str, Any]) -> Any:
+    """The first of `pending` (references or streams) that is ready. Raises WorkerError when an idle actor has died."""
+    while True:
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=LOOK)
+        if done:
+            return done[0]
+        if idle:  # an idle actor answers at once, a dead one with an error
+            wait_all({name: actor.pid.remote() for name, actor in idle.items()})
 
 
 def _failure(ref: ray.ObjectRef) -> RayError | None:
@@ -70,8 +72,15 @@ def describe(error: RayError) -> str:
     if isinstance(error, RayTaskError):
         cause = error.cause
         return f"{type(cause).__name__}: {cause}"
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return f"it could not start: {_after_frames(str(error))}"
     if isinstance(error, RayActorError):
         return f"the process died ({str(error).strip().splitlines()[-1].strip()})"
-    if isinstance(error, GetTimeoutError):
-        return "no answer in time"
     return f"{type(error).__name__}: {error}"
+
+
+def _after_frames(trace: str) -> str:
+    """The exception's own lines at the end of a printed traceback."""
+    lines = [line for line in trace.strip().splitlines() if line.strip(" ^~")]
+    frames = [number for number, line in enumerate(lines) if line.lstrip().startswith('File "')]
+    return "\n".join(lines[frames[-1] + 2 :] if frames else lines[-1:])

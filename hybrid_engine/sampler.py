@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,13 @@ from rollout.sampler import Request, Sample, TokenScores
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSampler:
-    """Request i goes to replica i modulo their number, so that a run repeats exactly."""
+    """Request i goes to replica i modulo their number, so that a run repeats exactly.
 
-    replicas: Sequence[Any]
+    replicas: the actors by name. idle: actors that only wait meanwhile, by name.
+    """
+
+    replicas: Mapping[str, Any]
+    idle: Mapping[str, Any]
     length: int
 
     @property
@@ -27,9 +31,8 @@ class ReplicaSampler:
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Every request's sample, once all are done."""
         count = len(self.replicas)
-        results = wait_all(
-            {f"rollout engine {r}": actor.generate.remote(requests[r::count]) for r, actor in enumerate(self.replicas)}
-        )
+        parts = zip(self.replicas.items(), range(count), strict=True)
+        results = wait_all({name: actor.generate.remote(requests[r::count]) for (name, actor), r in parts}, self.idle)
         for r, samples in enumerate(results):
             for sample in samples:
                 yield replace(sample, index=sample.index * count + r)
@@ -37,7 +40,6 @@ class ReplicaSampler:
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
         """Log-probabilities of given token sequences, in their order."""
         count = len(self.replicas)
-        results = wait_all(
-            {f"rollout engine {r}": actor.score.remote(sequences[r::count]) for r, actor in enumerate(self.replicas)}
-        )
+        parts = zip(self.replicas.items(), range(count), strict=True)
+        results = wait_all({name: actor.score.remote(sequences[r::count]) for (name, actor), r in parts}, self.idle)
         return [results[i % count][i // count] for i in range(len(sequences))]

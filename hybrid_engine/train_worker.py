@@ -164,7 +164,7 @@ def _clip(model: torch.nn.Module, max_norm: float) -> float:
 def resolve(rows: Sequence[TrainRow]) -> list[RankRow]:
     """Fetch what lies behind the rows' handles, every reference once."""
     handles = [h for row in rows for h in (row.trajectory, row.old_logprobs, row.reference_logprobs) if h is not None]
-    refs = list({id(h.ref): h.ref for h in handles if isinstance(h.ref, ray.ObjectRef)}.values())
+    refs = list(dict.fromkeys(h.ref for h in handles if isinstance(h.ref, ray.ObjectRef)))
     found = dict(zip(refs, ray.get(refs), strict=True))
 
     def fetch(handle: Handle | None) -> Any:

@@ -37,14 +37,11 @@ class WeightPacker:
     and projection, tied weights appear once). Floating-point parameters are converted to `dtype`; buffers (a
     router's correction bias) keep theirs, because models that have such buffers compute with them in float32.
 
-    buffer: uint8 [at least `nbytes`] to write into; by default one is allocated. It is overwritten by every pack.
-    Raises ValueError when a checkpoint tensor is no view of a single training tensor (then the model's layout
-    differs from its checkpoint's by more than splitting and transposing) or when the buffer is too small.
+    Every pack overwrites the buffer of the one before. Raises ValueError when a checkpoint tensor is no view of one
+    training tensor (then the model's layout differs from its checkpoint's by more than splitting and transposing).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, dtype: Literal["float32", "bfloat16"], buffer: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: Literal["float32", "bfloat16"]) -> None:
         tied = model.all_tied_weights_keys
         # FSDP exchanges a module's parameters around its forward. A state dict made now holds the sharded ones, which
         # stay the same objects for good.
@@ -54,14 +51,10 @@ class WeightPacker:
         }
         self._views = checkpoint_views(model, self._sources)
         self._tensors = tuple(self._layout())
-        self.nbytes = max((s.offset + s.nbytes for s in self._tensors), default=0)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        if buffer is None and self._rank == 0:
-            buffer = np.zeros(self.nbytes, np.uint8)
-        if buffer is not None and (buffer.dtype != np.uint8 or buffer.size < self.nbytes):
-            raise ValueError(f"buffer: needs uint8 of at least {self.nbytes} bytes, got {buffer.size} {buffer.dtype}")
-        self._buffer = buffer
-        self._targets = () if buffer is None else tuple(tensor_views(buffer, self._tensors))
+        nbytes = max((s.offset + s.nbytes for s in self._tensors), default=0) if self._rank == 0 else 0
+        self._buffer = np.zeros(nbytes, np.uint8)
+        self._targets = tuple(tensor_views(self._buffer, self._tensors)) if self._rank == 0 else ()
 
     @torch.no_grad()
     def pack(self, version: int) -> tuple[WeightManifest, np.ndarray] | None:
@@ -73,7 +66,6 @@ class WeightPacker:
             for _ in self._full_tensors():
                 pass
             return None
-        assert self._buffer is not None
         targets = iter(self._targets)
         digests: dict[str, str] = {}
         for name, full in self._full_tensors():
@@ -82,7 +74,7 @@ class WeightPacker:
                 target.copy_(full.as_strided(view.shape, view.stride, full.storage_offset() + view.offset))
                 # Here and not afterwards: the bytes are still in the cache.
                 digests[spec.name] = digest(self._buffer[spec.offset : spec.offset + spec.nbytes])
-        return WeightManifest(version, self._tensors, digests), self._buffer[: self.nbytes]
+        return WeightManifest(version, self._tensors, digests), self._buffer
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, source in self._sources.items():

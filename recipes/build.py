@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignment.config import GRPOConfig, SFTConfig
+from alignment.files import atomic_directory
 from alignment.model import build_model, load_tokenizer, model_config, model_source, save_model_dir
 from alignment.sft_data import make_sft_rows
 from hybrid_engine.engine import HybridEngine
@@ -45,7 +46,8 @@ def build_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
         tokenizer = load_tokenizer(kept, recipe.folder, ())
     else:
         tokenizer = load_tokenizer(recipe.model, recipe.folder, row_texts(chain.from_iterable(rows)))
-        tokenizer.save_pretrained(folder.tokenizer)
+        with atomic_directory(folder.tokenizer) as new:
+            tokenizer.save_pretrained(new)
     source = model_source(recipe.model, recipe.folder)
     if source is not None:
         return Inputs(tokenizer, folder.tokenizer, Path(source), rows)
@@ -82,7 +84,7 @@ def sampling(config: GRPOConfig, seed: int) -> Sampling:
 
 def scorer(config: GRPOConfig, recipe: Recipe) -> RewardPool:
     """The stage's reward functions, in their worker processes."""
-    return RewardPool(config.rewards, recipe.folder)
+    return RewardPool(config.rewards, recipe.folder, config.steps)
 
 
 def stage_seed(recipe: Recipe, stage: Stage) -> int:

@@ -175,6 +175,7 @@ def _lengths(recipe: Recipe, data: StageData, rows: Rows, tokenizer: PreTrainedT
         room = recipe.rollout.max_length - data.stage.max_new_tokens
         return [len(prompt.token_ids) for prompt in prompts], f"{room:,} for a prompt"
     trajectories, counts = make_sft_rows(rows, tokenizer, data.stage, data.source)
+    data.stage.check_schedule(data.stage.total_steps(len(trajectories)))
     note = f"{data.stage.max_length:,}: {counts['cut']:,} rows cut, {counts['dropped']:,} left out"
     return [len(row.token_ids) for row in trajectories], note
 
@@ -184,7 +185,8 @@ def _check_evals(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Table:
     from alignment.tax import detectable_drop
 
     table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
-    for task in check_tasks(recipe.evals, recipe.folder, recipe.rollout.max_length, tokenizer, recipe.data_folder):
+    length = recipe.rollout.max_length
+    for task in check_tasks(recipe.evals, recipe.folder, length, tokenizer, recipe.seed, recipe.data_folder):
         drop = f"{100 * detectable_drop(task.n):.1f} points"
         table.add_row(task.name, f"{task.n:,}", f"{task.longest_prompt:,} + {task.max_new_tokens:,} new", drop)
     return table

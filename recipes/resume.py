@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from alignment.files import write_text
 from alignment.tax import TaskResult, TaxRow, load_results, row_to_json, save_results
 from recipes.errors import RecipeError
 from recipes.schema import Recipe, difference, resolved
@@ -53,7 +53,7 @@ class StageFolder:
         """Every sample first, the results last: they say that the evals are complete."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
-        _write(self.results.with_name("samples.jsonl"), "".join(lines))
+        write_text(self.results.with_name("samples.jsonl"), "".join(lines))
         save_results(self.results, results)
 
     def load_evals(self) -> list[TaskResult] | None:
@@ -75,8 +75,8 @@ class RunFolder:
             if changes and not accept_changes:
                 begun = f"{path} was begun with another recipe: continue with --accept-changes, or choose --output"
                 raise RecipeError([begun, *changes])
-        _write(kept, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
-        _write(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(kept, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+        write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
 
     @property
     def initial(self) -> Path:
@@ -98,35 +98,27 @@ class RunFolder:
 
     def add_tax(self, stage: str, before: str, rows: list[TaxRow]) -> None:
         """Write the stage's table into `tax.json`, in place of an earlier one of the same stage."""
-        path = self.path / "tax.json"
-        tables = json.loads(path.read_text()) if path.is_file() else []
-        tables = [table for table in tables if table["stage"] != stage]
+        tables = [table for table in self._tables() if table["stage"] != stage]
         tables.append({"stage": stage, "before": before, "after": stage, "rows": [row_to_json(row) for row in rows]})
-        _write(path, json.dumps(tables, indent=2) + "\n")
+        write_text(self.path / "tax.json", json.dumps(tables, indent=2) + "\n")
+
+    def has_tax(self, stage: str) -> bool:
+        """Whether the stage's table is written: the last thing that a stage does."""
+        return any(table["stage"] == stage for table in self._tables())
+
+    def _tables(self) -> list[dict[str, Any]]:
+        path = self.path / "tax.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def close(self) -> None:
         """Let another process run here."""
         self._lock.close()
 
 
-def truncate_samples(path: Path, step: int) -> None:
-    """Forget the samples of steps past `step`: a resumed stage writes them again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        _write(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-
 def append_samples(path: Path, rows: list[Mapping[str, Any]]) -> None:
     """Add lines to `samples.jsonl`."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _lock(path: Path) -> TextIO:

@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from alignment.config import EvalConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, TrackerKind, TrainConfig
+from alignment.config import EvalConfig, GRPOConfig, ModelConfig, SFTConfig, TrackerKind, TrainConfig
 from recipes.errors import RecipeError, shorten
 from recipes.source import Key, Source, read_source
 from rollout.config import Config, RolloutConfig
@@ -50,11 +50,6 @@ class Stage(Config):
         """The stage's name: its kind unless the recipe gives one."""
         return self.config.name or self.kind
 
-    @property
-    def gives_policy(self) -> bool:
-        """Whether later stages can start from this one."""
-        return isinstance(self.config, StageConfig)
-
 
 class Recipe(Config):
     """What `align run` runs."""
@@ -92,7 +87,7 @@ class Recipe(Config):
 
     def start_of(self, index: int) -> Stage | None:
         """The stage whose final weights stage `index` starts from; None: the model of the recipe."""
-        earlier = [stage for stage in self.stages[:index] if stage.gives_policy]
+        earlier = self.stages[:index]
         named = self.stages[index].config.from_
         if named is None:
             return earlier[-1] if earlier else None
@@ -119,8 +114,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         if most > budget:
             yield (*key,), f"a sequence of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
         names.add(stage.name)
-        if stage.gives_policy:
-            policies.append(stage.name)
+        policies.append(stage.name)
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
         yield ("evals", "max_new_tokens"), no_room
 

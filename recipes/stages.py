@@ -16,7 +16,7 @@ from rich.console import Console
 from alignment.config import GRPOConfig, SFTConfig
 from alignment.evals import run_evals
 from alignment.grpo import GRPOStep, grpo
-from alignment.metrics import MetricsLog, Trackers, plain_number
+from alignment.metrics import MetricsLog, Trackers, plain_number, truncate_after
 from alignment.sft import SFTStep, sft
 from alignment.tax import compare
 from hybrid_engine.checkpoint import latest_checkpoint, prune, step_dir
@@ -24,7 +24,7 @@ from hybrid_engine.engine import HybridEngine
 from recipes import build
 from recipes.progress import StageProgress, print_tax
 from recipes.report import write_report
-from recipes.resume import RunFolder, StageFolder, append_samples, truncate_samples
+from recipes.resume import RunFolder, StageFolder, append_samples
 from recipes.schema import Recipe, Stage, resolved
 from rollout.prompts import Stream
 
@@ -73,8 +73,8 @@ def run(
 
 
 def _is_done(recipe: Recipe, folder: RunFolder, index: int) -> bool:
-    stage = folder.stage(index, recipe.stages[index].name)
-    return stage.final.is_dir() and (not recipe.evals.tasks or stage.results.is_file())
+    name = recipe.stages[index].name
+    return folder.stage(index, name).final.is_dir() and (not recipe.evals.tasks or folder.has_tax(name))
 
 
 def _run_stage(run: Run, index: int) -> None:
@@ -128,10 +128,10 @@ def _train(run: Run, index: int, folder: StageFolder) -> None:
             scorer = stack.enter_context(build.scorer(stage.config, recipe))
             total, first = stage.config.steps, _resume(run, folder, stream)
             steps = grpo(run.engine, stream, stage.config, build.sampling(stage.config, seed), scorer, first + 1)
+        for path in (folder.metrics, folder.samples):
+            truncate_after(path, first)
         log = MetricsLog(folder.metrics)
         stack.callback(log.close)
-        log.truncate_after(first)
-        truncate_samples(folder.samples, first)
         trackers = stack.enter_context(
             Trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), first + 1)
         )
@@ -178,6 +178,7 @@ def _samples(done: GRPOStep) -> list[dict[str, Any]]:
             "reward": plain_number("reward", group.scores.total[g]),
             "parts": {name: plain_number(name, values[g]) for name, values in group.scores.parts.items()},
             "finish_reason": completion.finish_reason,
+            "logged": {name: values[g] for name, values in group.scores.extra.items() if isinstance(values, list)},
         }
         for g, completion in enumerate(group.completions)
     ]

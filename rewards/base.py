@@ -20,7 +20,7 @@ class Scorer(Protocol):
         """Start scoring `groups` in one call of each reward function.
 
         The future gives one `Scores` per group, in order, or raises `RewardError`.
-        trainer_state: `global_step`, `max_steps` and the like, handed on as TRL's `trainer_state`.
+        trainer_state: fields of TRL's `trainer_state`; `global_step` counts the batches before this one.
         """
 
     def close(self) -> None:

@@ -40,19 +40,20 @@ class RewardPool:
     Example: `with RewardPool(stage.rewards, recipe_dir) as pool: scores = pool.submit(groups, {}).result()`.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], base_dir: Path) -> None:
+    def __init__(self, configs: Sequence[RewardConfig], base_dir: Path, max_steps: int = 0) -> None:
         """Start a process per reward; returns before they are ready. The calling thread must outlive the pool.
 
-        A function sees every batch, in order of submission. One that cannot be loaded makes the futures raise.
+        max_steps: of the stage, for `trainer_state`. A function sees every batch, in order of submission. One that
+        cannot be loaded makes the futures raise.
         """
-        self._configs = configs
+        self._configs, self._max_steps = configs, max_steps
         self._processes = [WorkerProcess(config.function, config.args, base_dir) for config in configs]
         self._threads = [ThreadPoolExecutor(1) for _ in configs]
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
         """As `Scorer.submit`."""
-        batch = _batch(groups, trainer_state)
+        batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
         replies = [
             thread.submit(_score, config, process, groups, batch)
             for thread, config, process in zip(self._threads, self._configs, self._processes, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -138,8 +139,12 @@ class Stream(Generic[T]):
 
 
 def fingerprint(items: Sequence[Prompt] | Sequence[Trajectory], seed: int) -> str:
-    """Digest of the seed and of every item's token ids, in order (xxh3, 128 bit)."""
+    """Digest of the seed and of all that a stage takes from every item, in order (xxh3, 128 bit)."""
     hasher = xxhash.xxh3_128(repr((seed, [len(item.token_ids) for item in items])).encode())
     for item in items:
         hasher.update(np.ascontiguousarray(item.token_ids, np.int32))
+        if isinstance(item, Trajectory):
+            hasher.update(np.packbits(item.loss_mask))
+        else:
+            hasher.update(json.dumps(item.columns, sort_keys=True, default=lambda value: type(value).__name__).encode())
     return hasher.hexdigest()

@@ -19,7 +19,7 @@ class Request:
     prompt: [T] int32 token ids. max_tokens: most new tokens. temperature: 0 is greedy.
     seed: the request's own; the same seed, prompt and weights give the same completion.
     stop: strings that end the completion (cut from the text); the model's end token always does.
-    min_tokens, ignore_eos: for benchmarks. logprobs: ask for the sampled tokens' log-probabilities.
+    ignore_eos: for benchmarks. logprobs: ask for the sampled tokens' log-probabilities.
     """
 
     prompt: np.ndarray

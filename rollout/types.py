@@ -20,7 +20,7 @@ Text = str | list[dict[str, Any]]
 class Prompt:
     """One row of a prompt dataset, tokenised.
 
-    index: the row's position in its dataset; it seeds the row's requests and orders every batch.
+    index: the row's position in its dataset, for messages and samples.
     text: the prompt as a reward function receives it (a string, or chat messages).
     token_ids: [T] int32, what the policy reads (chat template and generation prompt applied).
     columns: the row's other columns, passed to reward functions by name.

@@ -1,10 +1,15 @@
-"""Training workers with a planted fault, importable by Ray's processes."""
+"""Training and rollout workers with a planted fault, importable by Ray's processes."""
 
 from __future__ import annotations
+
+import importlib
+import os
+import time
 
 import numpy as np
 import ray
 
+from hybrid_engine.rollout_worker import RolloutWorker
 from hybrid_engine.train_worker import HandOver, TrainWorker
 from rollout.weights import WeightManifest, digest
 
@@ -44,3 +49,37 @@ def _repacked(sent: HandOver, change) -> HandOver:
     digests = {name: digest(data) for name, data in tensors.items()}
     manifest = WeightManifest(sent.manifest.version, sent.manifest.tensors, digests)
     return HandOver(manifest, ray.put(buffer), sent.canary)
+
+
+class Planted(RolloutWorker):
+    """An engine whose `receive` goes wrong in the way that `plant` named last."""
+
+    def plant(self, fault: str | None) -> None:
+        faults = importlib.reload(importlib.import_module("rollout.vllm.faults"))
+        self._fault = fault
+        if fault in ("repack_experts", "forget_prefixes"):
+            setattr(faults, fault, lambda *_: None)
+
+    def receive(self, manifest, buffer, canary):
+        fault = self.__dict__.get("_fault")
+        if fault == "lose_tensor":
+            manifest = WeightManifest(manifest.version, manifest.tensors[1:], manifest.digests)
+        if fault == "old_tensor":
+            spec, buffer = manifest.tensors[0], buffer.copy()
+            buffer[spec.offset : spec.offset + spec.nbytes] = self._buffer[spec.offset : spec.offset + spec.nbytes]
+        self._buffer = buffer
+        return super().receive(manifest, buffer, canary)
+
+
+class Sleeper:
+    """An actor that does nothing for long."""
+
+    def __init__(self, fault: str = "") -> None:
+        if fault:
+            raise ValueError(f"1 error of it\n  {fault}\n    For further information see elsewhere")
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def sleep(self) -> None:
+        time.sleep(100)

@@ -71,7 +71,7 @@ def test_a_masked_reward_leaves_group_loss_and_denominator() -> None:
 
 
 def test_ranks_get_whole_groups_of_balanced_size() -> None:
-    rows = [TrainRow(Handle(None, i), i // 2, n, n, 1.0, 1.0) for i, n in enumerate([9, 9, 5, 5, 4, 4, 1, 1])]
+    rows = [TrainRow(Handle(None, i), i // 2, n, 1.0, 1.0) for i, n in enumerate([9, 9, 5, 5, 4, 4, 1, 1])]
     parts = split_over_ranks(rows, 2)
     assert sorted(i for part in parts for i in part) == list(range(8))
     assert [sum(rows[i].length for i in part) for part in parts] == [20, 18]

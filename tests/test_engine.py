@@ -17,7 +17,8 @@ from tiny import model_dir
 import hybrid_engine.engine as engine_module
 from alignment.config import GRPOConfig, TrainConfig
 from alignment.grpo import grpo
-from hybrid_engine.engine import CanaryError, HybridEngine
+from hybrid_engine import health
+from hybrid_engine.engine import CanaryError, HybridEngine, start_ray
 from hybrid_engine.health import WorkerError
 from rollout.config import RolloutConfig
 from rollout.prompts import Stream
@@ -28,9 +29,11 @@ FAMILY = "deepseek"
 ray.cloudpickle.register_pickle_by_value(faulty)  # Ray's processes cannot import from here
 
 
-def start(shard: int = 1, replicas: int = 1, dtype: str = "float32") -> HybridEngine:
+def start(
+    shard: int = 1, replicas: int = 1, dtype: str = "float32", train_dtype: str = "float32", family: str = FAMILY
+) -> HybridEngine:
     rollout = RolloutConfig(replicas=replicas, max_length=96, max_num_seqs=64, memory=0.25, dtype=dtype)
-    return HybridEngine(model_dir(FAMILY), TrainConfig(shard=shard), rollout, seed=0)
+    return HybridEngine(model_dir(family), TrainConfig(shard=shard, dtype=train_dtype), rollout, seed=0)
 
 
 def config(**changes) -> GRPOConfig:
@@ -78,8 +81,9 @@ def small():
     engine.close()
 
 
-def begin(engine: HybridEngine, config: GRPOConfig) -> None:
-    engine.load(model_dir(FAMILY), model_dir(FAMILY), config, model_dir(FAMILY) if config.kl else None)
+def begin(engine: HybridEngine, config: GRPOConfig, family: str = FAMILY) -> None:
+    folder = model_dir(family)
+    engine.load(folder, folder, config, folder if config.kl else None)
 
 
 KEYS = ("loss", "grad_norm", "reward/mean", "entropy", "completions/mean_length")
@@ -146,6 +150,44 @@ def test_a_hand_over_of_wrong_weights_is_stopped_by_the_canary(fault: str, monke
         engine.close()
 
 
+PLANTED = {
+    "repack_experts": (CanaryError, "canary: after hand-over .* rollout engine 0 differs from the trainer"),
+    "forget_prefixes": (CanaryError, "canary: after hand-over .* rollout engine 0 differs from the trainer"),
+    "lose_tensor": (WorkerError, "rollout engine 0: HandoverError: coverage: .*"),
+    "old_tensor": (WorkerError, "rollout engine 0: HandoverError: digest: tensor .* differs"),
+}
+
+
+def test_a_hand_over_that_goes_wrong_in_the_engine_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model without MLA, whose prefixes are cached; each fault comes after a step that went well."""
+    monkeypatch.setattr(engine_module, "RolloutWorker", faulty.Planted)
+    engine = start(family="qwen3_moe")
+    actor = engine._replicas["rollout engine 0"]
+    try:
+        for fault, (error, message) in PLANTED.items():
+            ray.get(actor.plant.remote(None))
+            begin(engine, config(learning_rate=0.05), family="qwen3_moe")
+            run_steps(engine, config(learning_rate=0.05, steps=1))
+            ray.get(actor.plant.remote(fault))
+            with pytest.raises(error, match=message):
+                run_steps(engine, config(learning_rate=0.05))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("train_dtype", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_step_in_bfloat16_stays_within_its_own_limits(train_dtype: str, dtype: str) -> None:
+    engine = start(dtype=dtype, train_dtype=train_dtype)
+    try:
+        begin(engine, config())
+        done = run_steps(engine, config())
+    finally:
+        engine.close()
+    assert engine.precision == "bfloat16"
+    assert all(1e-4 < step["handover/canary"] < 0.5 and 0 < step["mismatch/k3"] < 0.1 for step in done)
+    assert all(np.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in done)
+
+
 def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine) -> None:
     begin(small, config())
     one = run_steps(small, config())
@@ -155,10 +197,32 @@ def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine) -> None:
         begin(engine, config())
         two = run_steps(engine, config())
         np.testing.assert_allclose(comparable(two), comparable(one), rtol=2e-4, atol=1e-7)
+        sequences = [np.arange(3, 6 + 2 * i, dtype=np.int32) for i in range(5)]
+        scores = engine.sampler.score(sequences)
+        assert [len(score.logprobs) for score in scores] == [len(sequence) for sequence in sequences]
+        requests = [Request(sequence, max_tokens=2, temperature=0.0) for sequence in sequences]
+        for sample in engine.sampler.generate(requests):
+            asked = sequences[sample.index]
+            assert sample.trajectory.token_ids[: len(asked)].tolist() == asked.tolist()
         _kill_and_see(engine, "training rank 1")
     finally:
         engine.close()
     assert not ray.is_initialized()
+
+
+def test_deaths_are_seen_while_others_work_and_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "LOOK", 1.0)
+    started = start_ray(None)
+    sleeper = ray.remote(faulty.Sleeper).options(num_cpus=0)
+    busy, idle, broken = sleeper.remote(), sleeper.remote(), sleeper.remote("no such model")
+    with pytest.raises(WorkerError, match="broken: it could not start: ValueError: 1 error of it\n  no such model"):
+        health.wait_all({"busy": busy.sleep.remote(), "broken": broken.pid.remote()})
+    os.kill(ray.get(idle.pid.remote()), signal.SIGKILL)
+    with pytest.raises(WorkerError, match="idle: the process died"):
+        health.wait_all({"busy": busy.sleep.remote()}, {"idle": idle})
+    ray.kill(busy)
+    if started:
+        ray.shutdown()
 
 
 def test_a_killed_engine_ends_the_run_with_its_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ class FakeEngine:
     """Samples with Transformers' plain forward (eager attention); trains with `RankPolicy`. `error` is added to the
     log-probabilities it reports; `drift` scales its weights away from the trainer's."""
 
-    rollout_dtype = "float32"
+    precision = "float32"
 
     def __init__(self, *, error: float = 0.0, learn_from: str = "right") -> None:
         torch.manual_seed(0)
@@ -138,8 +139,11 @@ def test_the_reward_rises_and_the_sampler_agrees_with_the_trainer() -> None:
     assert engine.phases == ["train"] * 25  # no reference, no second forward
 
 
-@pytest.mark.parametrize("error", [0.1, -0.1])
-def test_a_sampler_that_reports_other_logprobs_stops_the_run_by_name(error: float) -> None:
+@pytest.mark.parametrize("error", [0.1, -0.1, math.nan, "nan in one row of two"])
+def test_a_sampler_that_reports_other_logprobs_stops_the_run_by_name(error: float | str) -> None:
+    if isinstance(error, str):
+        rows = config().prompts_per_step * config().completions
+        error = torch.where(torch.arange(rows) % 2 == 0, 0.0, math.nan)[:, None]
     with pytest.raises(MismatchError, match="step 1: the k3 KL between sampler and trainer"):
         steps(FakeEngine(error=error), config())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignment.metrics import MetricsLog, Trackers, check_trackers, read
+from alignment.metrics import MetricsLog, Trackers, check_trackers, read, truncate_after
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,15 +51,17 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
         read(path)
 
 
-def test_truncate_after_forgets_later_steps_and_goes_on(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step in range(1, 6):
-        log.append(step, {"loss": step / 3})
-    log.truncate_after(3)
-    log.append(4, {"loss": 7})
-    assert [(row["step"], row["loss"]) for row in read(log.path)] == [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 7)]
-    log.truncate_after(0)
-    assert read(log.path) == []
+def test_truncate_after_forgets_later_steps_and_a_torn_line(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    truncate_after(path, 3)  # nothing to forget yet
+    odd = "a\u0085b\u2028c\u2029d\x1ce\rf"  # what str.splitlines takes for ends of lines
+    rows = [{"step": step, "loss": step / 3, "completion": odd} for step in range(1, 6)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines) + lines[0][:-9], encoding="utf-8")
+    truncate_after(path, 3)
+    assert read(path) == rows[:3]
+    truncate_after(path, 0)
+    assert read(path) == []
 
 
 def test_a_killed_process_loses_no_row(tmp_path):

@@ -9,13 +9,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config
 
 from alignment.config import InitConfig, ModelConfig
-from alignment.model import (
-    atomic_directory,
-    build_model,
-    load_tokenizer,
-    model_config,
-    save_model_dir,
-)
+from alignment.files import atomic_directory
+from alignment.model import build_model, load_tokenizer, model_config, save_model_dir
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"{a} + {b} = {a + b}, the sum of {a} and {b}" for a in range(20) for b in range(20)]

@@ -115,6 +115,7 @@ MISTAKES = {
         "stages.1.grpo",
         "needs `schedule",
     ),
+    "reserved name": ('"my.py:f"}', '"my.py:mean"}', 11, "stages.1.grpo", "a reward cannot be called `mean`"),
     "rewards alike": ('"my.py:f"}', '"my.py:f"}, {function: "b:f"}', 11, "stages.1.grpo", "two rewards are called `f`"),
     "idle reference": (
         "      steps: 10",

@@ -14,6 +14,12 @@ import psutil
 import pytest
 import yaml
 
+from recipes.resume import RunFolder
+from recipes.schema import load_recipe
+from recipes.stages import _is_done
+from rollout.config import RolloutConfig
+from rollout.vllm.environment import environment
+
 RECIPE = """
 name: small
 model: {init: {preset: deepseek-v2-nano, vocab_size: 300}}
@@ -44,10 +50,11 @@ stages:
 
 # As one would write it for TRL's GRPOTrainer: nothing here knows this project.
 REWARDS = '''
-def digits(prompts, completions, completion_ids, answer, trainer_state=None, log_metric=None, **kwargs):
+def digits(prompts, completions, completion_ids, answer, trainer_state=None, log_metric=None, log_extra=None, **kwargs):
     """Share of characters that are digits or spaces."""
     assert len(prompts) == len(completions) == len(answer)
-    log_metric("seen", float(len(completions)))
+    log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
+    log_extra("length", [len(c) for c in completions])
     return [sum(c.isdigit() or c == " " for c in text) / max(1, len(text)) for text in completions]
 '''
 
@@ -124,11 +131,26 @@ def test_the_run_folder_holds_what_the_readme_says(whole: tuple[Path, Path, str]
     assert {f"time/{phase}" for phase in ("generate", "handover", "train", "step")} | expected <= row.keys()
     sample = json.loads((run / "02-grpo" / "samples.jsonl").read_text().splitlines()[0])
     assert {"step", "prompt", "completion", "reward", "parts"} <= sample.keys()
+    assert sample["logged"] == {"length": len(sample["completion"])}
+    assert row["logged/progress"] == 5 / 6  # TRL counts the steps before this one
     tables = json.loads((run / "tax.json").read_text())
     assert [(table["before"], table["stage"]) for table in tables] == [("base", "sft"), ("sft", "grpo")]
     fields = {"benchmark", "before", "after", "difference", "low", "high", "gained", "lost", "n"}
     assert all(fields <= row.keys() and row["n"] == 40 for table in tables for row in table["rows"])
     assert "addition" in output and "sft → grpo" in output
+
+
+def test_a_stage_is_done_when_its_table_is_written(tmp_path: Path) -> None:
+    """A kill between the results of the evals and the table must not lose the table."""
+    recipe = load_recipe(write_recipe(tmp_path), []).recipe
+    folder = RunFolder(tmp_path / "run", recipe, accept_changes=False)
+    stage = folder.stage(0, "sft")
+    stage.final.mkdir(parents=True)
+    stage.save_evals([], [])
+    assert not _is_done(recipe, folder, 0)
+    folder.add_tax("sft", "base", [])
+    assert _is_done(recipe, folder, 0)
+    folder.close()
 
 
 def test_final_loads_in_transformers_as_it_is(whole: tuple[Path, Path, str]) -> None:
@@ -139,6 +161,47 @@ def test_final_loads_in_transformers_as_it_is(whole: tuple[Path, Path, str]) -> 
         assert not info["missing_keys"] and not info["unexpected_keys"]
         tokenizer = AutoTokenizer.from_pretrained(whole[1] / stage / "final")
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id is not None
+
+
+@pytest.mark.slow
+def test_final_loads_in_vllm_as_it_is(whole: tuple[Path, Path, str]) -> None:
+    code = (
+        "import sys; from vllm import LLM, SamplingParams\n"
+        "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=64, max_num_seqs=8)\n"
+        "outputs = llm.generate(['add 4 5 ='], SamplingParams(max_tokens=4, temperature=0))\n"
+        "print('SAID', repr(outputs[0].outputs[0].text))"
+    )
+    variables = os.environ | environment(RolloutConfig(memory=0.25))
+    final = str(whole[1] / "02-grpo" / "final")
+    done = subprocess.run([sys.executable, "-c", code, final], env=variables, capture_output=True, text=True)
+    assert "SAID" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_run_joins_the_ray_cluster_that_it_is_told(tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        recipe, run = write_recipe(tmp_path), tmp_path / "run"
+        finish(align("run", str(recipe), "--output", str(run), "--ray", cluster.address))
+        assert len(metrics(run, "02-grpo")) == 6
+        assert cluster.head_node.all_processes_alive()
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_stops_the_run_by_name_and_mended_it_goes_on(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text(REWARDS.replace("    return [", "    1 / (trainer_state.global_step - 3)\n    return ["))
+    output = finish(align("run", str(recipe), "--output", str(run)), code=1)
+    assert "reward 'digits' (my_rewards.py:digits)" in output and "ZeroDivisionError" in output
+    assert len(metrics(run, "02-grpo")) == 3
+    rewards.write_text(REWARDS)
+    finish(align("run", str(recipe), "--output", str(run)))
+    assert [row["step"] for row in metrics(run, "02-grpo")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("stage", "step"), [("02-grpo", 3)])

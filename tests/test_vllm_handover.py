@@ -12,6 +12,8 @@ import torch
 from engine_host import EngineHost, shared
 from transformers import PreTrainedModel
 
+from hybrid_engine.engine import _canary_prompts
+from hybrid_engine.rollout_worker import CANARY_TOP
 from rollout.sampler import Request, Sample
 from rollout.types import VersionSpan
 from rollout.weights import HandoverError, WeightManifest, canary_error
@@ -37,15 +39,16 @@ def generate(engine, requests):
     return [sample for finished in engine.generate(requests) for sample in finished]
 
 
-def canary(engine, prompts):
-    return engine.canary(prompts, top=5)
+def canary(engine, prompts, top):
+    return engine.canary(prompts, top)
 
 
-def next_token_logprobs(reference: PreTrainedModel) -> np.ndarray:
-    """[N, V] of `PROMPTS`, by Transformers' forward."""
+def canary_of(host: EngineHost, family: str, reference: PreTrainedModel) -> float:
+    """The error that the hybrid engine would find, with its prompts, against Transformers' forward."""
+    prompts = _canary_prompts(tiny.model_dir(family), 96)
     with torch.no_grad():
-        logits = reference(torch.tensor(np.stack(PROMPTS), dtype=torch.long)).logits[:, -1]
-    return logits.log_softmax(-1).numpy()
+        logits = reference(torch.tensor(np.stack(prompts), dtype=torch.long)).logits[:, -1]
+    return canary_error(host.call(canary, prompts, CANARY_TOP), logits.log_softmax(-1).numpy())
 
 
 def token_logprobs(reference: PreTrainedModel, sequences: list[np.ndarray], temperature: float) -> list[np.ndarray]:
@@ -74,7 +77,7 @@ def test_logprobs_equal_transformers_after_three_handovers(model: tuple[str, Eng
             expected = np.where(trajectory.loss_mask, sampled, np.nan)
             np.testing.assert_allclose(trajectory.logprobs, expected, atol=TOLERANCE, rtol=0)
             assert trajectory.version_spans == (VersionSpan(version, 70, len(trajectory.token_ids)),)
-        assert canary_error(host.call(canary, PROMPTS), next_token_logprobs(reference)) < TOLERANCE
+        assert canary_of(host, family, reference) < TOLERANCE
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def planted(model: tuple[str, EngineHost]) -> Iterator[tuple[str, EngineHost]]:
     host.call(_restore)
     reference = tiny.random_model(tiny.CONFIGS[family](), seed=9)
     host.call(update, *tiny.pack(reference, 9))
-    assert canary_error(host.call(canary, PROMPTS), next_token_logprobs(reference)) < TOLERANCE
+    assert canary_of(host, family, reference) < TOLERANCE
 
 
 def _take_away(engine, name):
@@ -106,10 +109,10 @@ def hand_over_twice(host: EngineHost, family: str, fault: str) -> float:
     """Canary's error after a second hand-over that was made with `fault` planted."""
     first, second = (tiny.random_model(tiny.CONFIGS[family](), seed=seed) for seed in (4, 5))
     host.call(update, *tiny.pack(first, 4))
-    assert canary_error(host.call(canary, PROMPTS), next_token_logprobs(first)) < TOLERANCE
+    assert canary_of(host, family, first) < TOLERANCE
     host.call(_take_away, fault)
     host.call(update, *tiny.pack(second, 5))
-    return canary_error(host.call(canary, PROMPTS), next_token_logprobs(second))
+    return canary_of(host, family, second)
 
 
 def test_experts_that_are_not_packed_again_show_in_the_canary(planted: tuple[str, EngineHost]) -> None:

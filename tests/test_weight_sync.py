@@ -74,16 +74,6 @@ def test_tensors_are_aligned_and_do_not_overlap():
     assert manifest.nbytes == ends[-1] == buffer.nbytes
 
 
-def test_a_given_buffer_is_filled_and_a_small_one_refused():
-    model = tiny_model("llama")
-    nbytes = WeightPacker(model, "float32").nbytes
-    buffer = np.full(nbytes + 128, 7, np.uint8)
-    _, packed = WeightPacker(model, "float32", buffer).pack(0)
-    assert np.shares_memory(buffer, packed) and packed.nbytes == nbytes and set(buffer[nbytes:]) == {7}
-    with pytest.raises(ValueError, match=f"at least {nbytes} bytes"):
-        WeightPacker(model, "float32", np.zeros(nbytes - 1, np.uint8))
-
-
 def test_a_conversion_that_joins_tensors_is_refused(monkeypatch: pytest.MonkeyPatch):
     def join(model, tensors):
         first, second, *_ = tensors.values()

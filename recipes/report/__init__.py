@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from alignment.files import write_text
 from recipes.progress import format_number, format_seconds, step_tokens
 from recipes.report.charts import half_width
 from recipes.report.curves import stage_charts
@@ -20,10 +21,7 @@ def write_report(run_dir: Path) -> Path:
 
     Raises ValueError when `run_dir` is no run folder or a file in it is damaged.
     """
-    page = render(read_run(run_dir))
-    temporary = run_dir / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(run_dir / "report.html")
+    return write_text(run_dir / "report.html", render(read_run(run_dir)))
 
 
 def render(run: Run) -> str:

@@ -63,17 +63,13 @@ class VllmEngine:
             usage_context=UsageContext.LLM_CLASS,
         )
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        # Of the weights inside: 0 for those of the model's directory, None when there are none to trust.
         self._version = None if dummy else 0
 
     @property
     def max_length(self) -> int:
         """Most tokens of a sequence, prompt and completion together."""
         return self._config.max_length
-
-    @property
-    def version(self) -> int | None:
-        """Version of the weights inside: 0 for those of the model's directory, None when there are none to trust."""
-        return self._version
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
         """Yield the samples that finished at each engine step; closing the iterator aborts the others.
