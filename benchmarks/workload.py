@@ -163,6 +163,9 @@ def machine() -> dict[str, Any]:
         "amx": torch.cpu._is_amx_tile_supported(),
         "avx512_bf16": any("avx512_bf16" in line for line in lines),
         "python": platform.python_version(),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=RECIPE.parent, capture_output=True, text=True, check=False
+        ).stdout.strip(),
         "versions": {name: installed[name] for name in LIBRARIES if name in installed},
     }
 
@@ -173,7 +176,8 @@ def machine_line() -> str:
     flags = f"AMX {'yes' if facts['amx'] else 'no'}, AVX512-BF16 {'yes' if facts['avx512_bf16'] else 'no'}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"{facts['date']}, {facts['processor']} ({flags}), {facts['cores']} cores, Python {facts['python']}, {versions}"
+        f"{facts['date']}, commit {facts['commit']}, {facts['processor']} ({flags}), {facts['cores']} cores, "
+        f"Python {facts['python']}, {versions}"
     )
 
 
