@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,6 +68,16 @@ def eval_dataset(skill: str, count: int = 500, **_: Any) -> dict[str, datasets.D
     import datasets
 
     return {"test": datasets.Dataset.from_list(eval_rows(skill, count))}
+
+
+def right_digits(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """Reward: the share of digits that are right, place by place from the right, of the longer of the two.
+
+    >>> right_digits(["132", "32", "131"], answer=["132", "132", "132"])
+    [1.0, 0.6666666666666666, 0.6666666666666666]
+    """
+    pairs = [(text.strip()[::-1], gold[::-1]) for text, gold in zip(completions, answer, strict=True)]
+    return [sum(map(str.__eq__, text, gold)) / max(len(text), len(gold)) for text, gold in pairs]
 
 
 def is_held_out(prompt: str) -> bool:
