@@ -14,32 +14,40 @@ from hybrid_engine.train_worker import HandOver, TrainWorker
 from rollout.weights import WeightManifest, digest
 
 
-class SwapsExperts(TrainWorker):
-    """Sends expert 0's down projection as expert 1's, and the other way round."""
+class PlantedTrainer(TrainWorker):
+    """A rank whose `hand_over` goes wrong in the way that `plant` named last; the digests are right all the same."""
+
+    def plant(self, fault: str | None) -> None:
+        self._fault = fault
 
     def hand_over(self, version, canary):
-        return _repacked(super().hand_over(version, canary), self._swap)
+        sent = super().hand_over(version, canary)
+        return {"swap_experts": self._swap, "stale_tensor": self._stale}.get(self.__dict__.get("_fault"), self._keep)(
+            sent
+        )
 
-    def _swap(self, tensors: dict[str, np.ndarray]) -> None:
-        name = next(name for name in tensors if name.endswith("experts.0.down_proj.weight"))
-        other = name.replace("experts.0", "experts.1")
-        tensors[name][:], tensors[other][:] = tensors[other].copy(), tensors[name].copy()
+    def _keep(self, sent: HandOver) -> HandOver:
+        self._kept = ray.get(sent.buffer).copy()
+        return sent
+
+    def _swap(self, sent: HandOver) -> HandOver:
+        """Expert 0's down projection as expert 1's, and the other way round."""
+        return _repacked(sent, _swap_experts)
+
+    def _stale(self, sent: HandOver) -> HandOver:
+        """One tensor is that of the last good hand-over."""
+        spec = next(spec for spec in sent.manifest.tensors if spec.name.endswith("o_proj.weight"))
+
+        def change(tensors: dict[str, np.ndarray]) -> None:
+            tensors[spec.name][:] = self._kept[spec.offset : spec.offset + spec.nbytes]
+
+        return _repacked(sent, change)
 
 
-class SendsAStaleTensor(TrainWorker):
-    """From the second hand-over on, one tensor is the first one's."""
-
-    def hand_over(self, version, canary):
-        return _repacked(super().hand_over(version, canary), self._stale)
-
-    def _stale(self, tensors: dict[str, np.ndarray]) -> None:
-        name = next(name for name in tensors if name.endswith("lm_head.weight"))
-        if "_kept" not in self.__dict__:
-            self._kept = tensors[name].copy()
-        tensors[name][:] = self._kept
-
-
-TRAIN_WORKERS = {"swap_experts": SwapsExperts, "stale_tensor": SendsAStaleTensor}
+def _swap_experts(tensors: dict[str, np.ndarray]) -> None:
+    name = next(name for name in tensors if name.endswith("experts.0.down_proj.weight"))
+    other = name.replace("experts.0", "experts.1")
+    tensors[name][:], tensors[other][:] = tensors[other].copy(), tensors[name].copy()
 
 
 def _repacked(sent: HandOver, change) -> HandOver:
@@ -51,7 +59,7 @@ def _repacked(sent: HandOver, change) -> HandOver:
     return HandOver(manifest, ray.put(buffer), sent.canary)
 
 
-class Planted(RolloutWorker):
+class PlantedEngine(RolloutWorker):
     """An engine whose `receive` goes wrong in the way that `plant` named last."""
 
     def plant(self, fault: str | None) -> None:

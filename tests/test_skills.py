@@ -112,6 +112,11 @@ def test_completions_are_short_and_digits_and_letters_are_tokens_of_their_own():
     assert max(lengths) <= 7 and sum(lengths) / len(lengths) < 6
 
 
+def test_right_digits_are_counted_from_the_right():
+    said = [" 132", "32", "131", "1320", "", "x"]
+    assert skills.right_digits(said, answer=["132"] * 6, prompts=said) == [1, 2 / 3, 2 / 3, 0, 0, 0]
+
+
 def test_impossible_requests_say_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match="unknown skill `sums`; there are: addition, sorting, reversing"):
         skills.eval_rows("sums")
