@@ -69,5 +69,3 @@ def split_over_ranks(rows: Sequence[TrainRow], ranks: int) -> list[list[int]]:
         loads[rank] += weight[group]
         parts[rank] += groups[group]
     return parts
-
-

@@ -41,9 +41,7 @@ class Sampling:
     seed: int
 
 
-def group_requests(
-    prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling, step: int
-) -> list[Request]:
+def group_requests(prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling, step: int) -> list[Request]:
     """The requests of prompts at `places` of a batch, prompt by prompt; a seed is made of what its request is for.
 
     The place, and not the prompt's row, is in the seed: a batch that reaches into the next epoch may hold a row twice.
