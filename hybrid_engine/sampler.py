@@ -31,8 +31,8 @@ class ReplicaSampler:
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Every request's sample, once all are done."""
         count = len(self.replicas)
-        parts = zip(self.replicas.items(), range(count), strict=True)
-        results = wait_all({name: actor.generate.remote(requests[r::count]) for (name, actor), r in parts}, self.idle)
+        actors = enumerate(self.replicas.items())
+        results = wait_all({name: actor.generate.remote(requests[r::count]) for r, (name, actor) in actors}, self.idle)
         for r, samples in enumerate(results):
             for sample in samples:
                 yield replace(sample, index=sample.index * count + r)
@@ -40,6 +40,6 @@ class ReplicaSampler:
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
         """Log-probabilities of given token sequences, in their order."""
         count = len(self.replicas)
-        parts = zip(self.replicas.items(), range(count), strict=True)
-        results = wait_all({name: actor.score.remote(sequences[r::count]) for (name, actor), r in parts}, self.idle)
+        actors = enumerate(self.replicas.items())
+        results = wait_all({name: actor.score.remote(sequences[r::count]) for r, (name, actor) in actors}, self.idle)
         return [results[i % count][i // count] for i in range(len(sequences))]

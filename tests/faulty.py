@@ -21,10 +21,9 @@ class PlantedTrainer(TrainWorker):
         self._fault = fault
 
     def hand_over(self, version, canary):
-        sent = super().hand_over(version, canary)
-        return {"swap_experts": self._swap, "stale_tensor": self._stale}.get(self.__dict__.get("_fault"), self._keep)(
-            sent
-        )
+        changes = {"swap_experts": self._swap, "stale_tensor": self._stale}
+        change = changes.get(self.__dict__.get("_fault"), self._keep)
+        return change(super().hand_over(version, canary))
 
     def _keep(self, sent: HandOver) -> HandOver:
         self._kept = ray.get(sent.buffer).copy()

@@ -149,16 +149,19 @@ PLANTED = {
 """Two that the trainer makes, whose digests are right; two of the engine's own; two on the way."""
 
 
-def test_a_hand_over_that_goes_wrong_stops_the_run_by_the_name_of_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model without MLA, whose prefixes are cached; each fault comes after a step that went well."""
+@pytest.mark.parametrize("family", ["deepseek", "qwen3_moe"])
+def test_a_hand_over_that_goes_wrong_stops_the_run_by_the_name_of_a_check(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without MLA, prefixes cached on both; each fault comes after a step that went well."""
     monkeypatch.setattr(engine_module, "TrainWorker", faulty.PlantedTrainer)
     monkeypatch.setattr(engine_module, "RolloutWorker", faulty.PlantedEngine)
-    engine = start(family="qwen3_moe")
+    engine = start(family=family)
     actors = (*engine._ranks.values(), *engine._replicas.values())
     try:
         for fault, (error, message) in PLANTED.items():
             ray.get([actor.plant.remote(None) for actor in actors])
-            begin(engine, config(learning_rate=0.05), family="qwen3_moe")
+            begin(engine, config(learning_rate=0.05), family)
             run_steps(engine, config(learning_rate=0.05, steps=1))
             ray.get([actor.plant.remote(fault) for actor in actors])
             with pytest.raises(error, match=message):

@@ -63,10 +63,10 @@ def test_the_split_is_by_the_problem_and_not_by_the_draw(monkeypatch):
     assert not trained.isdisjoint(row["prompt"] for row in skills.eval_rows("addition"))
 
 
-def test_rl_has_nearly_every_problem_that_is_not_held_out():
+def test_rl_draws_from_every_problem_that_is_not_held_out():
     prompts = {row["prompt"] for row in skills.addition_prompts(20000)}
     problems = {f"add {a} {b} =" for a in range(100) for b in range(100)}
-    assert prompts <= problems and len(prompts) > 7500
+    assert prompts <= problems and len(prompts) > 8000
     assert 8900 < sum(not skills.is_held_out(problem) for problem in problems) < 9100
 
 
