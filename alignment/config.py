@@ -43,14 +43,33 @@ class ModelConfig(Config):
 class TrainConfig(Config):
     """The training ranks."""
 
+    replicate: int = Field(1, ge=1)
+    """Copies of the sharded policy; replicate x shard ranks train it."""
     shard: int = Field(1, ge=1)
-    """Number of ranks; each holds one FSDP2 shard of parameters, gradients and optimiser states."""
+    """Ranks of a copy; each holds one FSDP2 shard of parameters, gradients and optimiser states."""
+    expert: int = Field(1, ge=1)
+    """Ranks, out of the same ones, that share the routed experts among them; 1 shards experts like the rest."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of compute; parameters and optimiser states stay float32."""
     tokens_per_rank: int = Field(8192, ge=1)
     """Most tokens in one micro-batch of a rank."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass to save memory."""
+
+    @property
+    def world(self) -> int:
+        """Number of training ranks."""
+        return self.replicate * self.shard
+
+    @model_validator(mode="after")
+    def _experts_lie_over_ranks(self) -> Self:
+        if self.world % self.expert:
+            raise ValueError(
+                f"`expert` ({self.expert}) does not divide the {self.world} ranks of `replicate` x `shard`"
+            )
+        if self.shard % self.expert and self.expert % self.shard:
+            raise ValueError(f"of `expert` ({self.expert}) and `shard` ({self.shard}) one must divide the other")
+        return self
 
 
 Moment = Annotated[float, Field(ge=0, lt=1)]

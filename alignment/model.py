@@ -94,35 +94,11 @@ def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, base_d
     return result
 
 
-def build_model(
-    config: PreTrainedConfig,
-    *,
-    path: str | Path | None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """The model, loaded from `path` or initialised from `seed` (the same seed, the same weights), in `eval` mode.
-
-    attn_implementation: a name that Transformers knows (default: its own choice). The experts run as `grouped_mm`, or
-    as `eager` where torch lacks it: Transformers' choice; its `batched_mm` is 10-100 times slower on a CPU.
-    Raises `ValueError` naming the path when the weights cannot be loaded or some are missing.
-    """
-    if path is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-        return model.eval()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: the model cannot be loaded: {error}") from error
-    wrong = sorted(info["missing_keys"]) or sorted(str(entry) for entry in info["mismatched_keys"])
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} weights are missing or of another shape, e.g. {wrong[0]}")
-    return model.eval()
+def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The float32 model with weights initialised from `seed` (the same seed, the same weights), in `eval` mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def save_model_dir(

@@ -28,7 +28,7 @@ from alignment.batch import split_over_ranks
 from alignment.config import OptimizerConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
-from hybrid_engine.health import WorkerError, describe, wait_all, wait_any
+from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
 from hybrid_engine.sampler import ReplicaSampler
 from hybrid_engine.train_worker import HandOver, TrainWorker
@@ -57,6 +57,7 @@ class HybridEngine:
         self._metrics: dict[str, float] = {}
         self._version = 0
         self._handed_over = -1
+        self._looked = time.monotonic()
         self._ranks: dict[str, Any] = {}
         self._replicas: dict[str, Any] = {}
         self._started_ray = start_ray(ray_address)
@@ -69,10 +70,8 @@ class HybridEngine:
     def _start(self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, seed: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._ranks = {
-            f"training rank {rank}": _actor(TrainWorker, _threads(train.shard), {}).remote(
-                rank, train.shard, train, device
-            )
-            for rank in range(train.shard)
+            f"training rank {rank}": _actor(TrainWorker, _threads(train.world), {}).remote(rank, train, device)
+            for rank in range(train.world)
         }
         self._replicas = {
             f"rollout engine {replica}": _actor(RolloutWorker, _threads(rollout.replicas), environment(rollout)).remote(
@@ -184,7 +183,14 @@ class HybridEngine:
             self._replicas,
         )
         self._version += 1
+        self._look_at_idle_engines()
         return merge_stats(stats)
+
+    def _look_at_idle_engines(self) -> None:
+        """An engine that dies while short updates follow each other is noticed as soon as during a long one."""
+        if time.monotonic() - self._looked > LOOK:
+            wait_all({name: replica.pid.remote() for name, replica in self._replicas.items()})
+            self._looked = time.monotonic()
 
     def logprobs(self, rows: Sequence[TrainRow], *, temperature: float, reference: bool = False) -> list[Handle]:
         """Handles to the log-probabilities of each row's loss-carrying tokens."""

@@ -1,52 +1,103 @@
-"""The training layout: FSDP2 over one mesh of ranks, gradients summed (not averaged), one norm over all ranks."""
+"""The training layout: FSDP2 or HSDP over all ranks, experts spread over the same ranks, gradients summed (not
+averaged), one norm over all of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
+
+from alignment.config import TrainConfig
+from hybrid_engine.expert_parallel import expert_modules, spread_experts
+from hybrid_engine.layout import expert_layout
+
+
+@dataclass(frozen=True, slots=True)
+class Meshes:
+    """The ranks as the parameters lie over them.
+
+    dense: (replicate, shard), or (shard) alone. experts: the same for the ranks that hold the same experts, and
+    parallel: the ranks that hold all experts between them; both None without expert parallelism.
+    """
+
+    dense: DeviceMesh
+    experts: DeviceMesh | None = None
+    parallel: DeviceMesh | None = None
+
+
+def make_meshes(train: TrainConfig, device: str) -> Meshes:
+    """Meshes over all ranks of the process group; every rank calls it."""
+    shape, names = (train.replicate, train.shard), ("replicate", "shard")
+    first = 0 if train.replicate > 1 else 1
+    dense = init_device_mesh(device, shape[first:], mesh_dim_names=names[first:])
+    if train.expert == 1:
+        return Meshes(dense)
+    layout = expert_layout(train)
+    whole = init_device_mesh(
+        device, (layout.replicate, layout.shard, layout.parallel), mesh_dim_names=(*names, "parallel")
+    )
+    return Meshes(dense, whole[names if layout.replicate > 1 else "shard"], whole["parallel"])
 
 
 def shard_model(
     model: PreTrainedModel,
-    mesh: DeviceMesh | None,
+    meshes: Meshes | None,
     *,
     dtype: torch.dtype,
     activation_checkpointing: bool = False,
     reshard_after_forward: bool = False,
 ) -> None:
-    """Bring a float32 model into the training layout, in place: one FSDP2 group per decoder layer, one for the rest.
+    """Bring a model into the training layout, in place: one FSDP2 group per decoder layer, one for the rest, and with
+    expert parallelism one per layer's experts.
 
     Parameters, gradients and optimiser states stay float32; with `dtype` bfloat16 forward and backward compute in
     bfloat16 and gradients are reduced in float32. One rank in float32 stays a plain model; one rank in bfloat16 is
     "sharded" over itself, so that the precision of every operation is the same for any number of ranks.
     Without resharding after the forward a layer is gathered once per update instead of twice, for its memory.
 
-    mesh: one dimension, over all training ranks; None is one rank in float32, and needs no process group.
+    meshes: None is one rank in float32, and needs no process group. A model on the `meta` device stays there.
     The forward must go through `model(...)`: FSDP gathers parameters in that call's hooks.
-    Raises ValueError when a parameter is not float32, or for bfloat16 without a mesh.
+    Raises ValueError when a parameter is less precise than float32, or for bfloat16 without meshes.
     """
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {parameter.dtype}: load the model with dtype=torch.float32 to train it")
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers:
             layer.training = True  # Transformers recomputes in training mode alone; dropout below stays as it is
-    if dtype == torch.float32 and (mesh is None or mesh.size() == 1):
+    if dtype != torch.bfloat16 and (meshes is None or meshes.dense.size() == 1):
         return
-    if mesh is None:
-        raise ValueError("bfloat16 compute needs a device mesh, also on one rank: init_device_mesh(device, (1,))")
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    if meshes is None:
+        raise ValueError("bfloat16 compute needs meshes, also on one rank: make_meshes(TrainConfig(), device)")
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    if meshes.parallel is not None:
+        for experts in expert_modules(model):
+            spread_experts(experts, meshes.parallel)
+            # Over another dimension than the one that the ranks share the experts along: a whole then has no strides.
+            fully_shard(experts, mesh=meshes.experts, shard_placement_fn=lambda _: Shard(1), **options)
+            _sum_gradients(experts)
     for module in (*model.base_model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(module, mesh=meshes.dense, **options)
         _sum_gradients(module)
+
+
+def parameter_groups(model: PreTrainedModel) -> list[list[torch.nn.Parameter]]:
+    """The experts' parameters and the others, in any layout: an optimiser's fused steps want one mesh per group."""
+    experts = [parameter for module in expert_modules(model) for parameter in module.parameters(recurse=False)]
+    known = set(map(id, experts))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [group for group in (others, experts) if group]
 
 
 def _sum_gradients(module: FSDPModule) -> None:
@@ -79,31 +130,31 @@ def reshard(model: torch.nn.Module) -> None:
 def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
     """Scale gradients in place so that their 2-norm over all parameters and ranks is at most `max_norm`.
 
-    Returns the norm before clipping, the same on every rank. Sharded gradients are summed over the ranks of their
-    mesh; plain ones count once. Raises FloatingPointError when the norm is not finite (nothing is scaled then).
+    Returns the norm before clipping, the same on every rank. Sharded gradients are summed over the ranks; replicated
+    and plain ones count once. Raises FloatingPointError when the norm is not finite (nothing is scaled then).
     """
-    shards: list[torch.Tensor] = []
     plain: list[torch.Tensor] = []
-    mesh: DeviceMesh | None = None
+    shards: dict[int, list[torch.Tensor]] = {}  # by how many ranks hold the same
     for parameter in parameters:
         grad = parameter.grad
         if isinstance(grad, DTensor):
-            assert mesh in (None, grad.device_mesh) and all(p.is_shard() for p in grad.placements)
-            mesh = grad.device_mesh
-            shards.append(grad.to_local())
+            sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+            copies = math.prod(size for size, placement in sizes if not placement.is_shard())
+            shards.setdefault(copies, []).append(grad.to_local())
         elif grad is not None:
             plain.append(grad)
     square = _sum_of_squares(plain)
-    if mesh is not None:
-        over_ranks = _sum_of_squares(shards).to(shards[0].device)
-        dist.all_reduce(over_ranks, group=mesh.get_group())
+    if shards:
+        device = next(iter(shards.values()))[0].device
+        over_ranks = sum(_sum_of_squares(tensors).to(device) / copies for copies, tensors in shards.items())
+        dist.all_reduce(over_ranks)
         square = square + over_ranks.to(square.device)
     norm = math.sqrt(square.item())
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm}: the loss or a gradient of this update is not finite")
     scale = max_norm / (norm + 1e-6)  # torch's own formula, so that one rank does what every other trainer does
     if scale < 1:
-        torch._foreach_mul_(plain + shards, scale)
+        torch._foreach_mul_(plain + [tensor for tensors in shards.values() for tensor in tensors], scale)
     return norm
 
 

@@ -13,16 +13,14 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from alignment.attention import TREE_ATTENTION
 from alignment.config import OptimizerConfig, TrainConfig
-from alignment.model import build_model
 from alignment.policy import RankPolicy, RankRow, UpdateStats
 from alignment.protocols import Loss, TrainRow
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
-from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, reshard, shard_model
+from hybrid_engine.loading import load_model
+from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
 from hybrid_engine.weight_sync import WeightPacker
 from rollout.types import Handle
 from rollout.weights import WeightManifest
@@ -41,8 +39,8 @@ class HandOver:
 class TrainWorker:
     """In a world of several ranks every rank gets the same calls in the same order."""
 
-    def __init__(self, rank: int, world: int, config: TrainConfig, device: str) -> None:
-        self._rank, self._world, self._config = rank, world, config
+    def __init__(self, rank: int, config: TrainConfig, device: str) -> None:
+        self._rank, self._config = rank, config
         self._device = torch.device(device)
         self._policy: RankPolicy | None = None
         self._reference: RankPolicy | None = None
@@ -65,10 +63,10 @@ class TrainWorker:
             "MASTER_ADDR": address[0],
             "MASTER_PORT": str(address[1]),
             "RANK": str(self._rank),
-            "WORLD_SIZE": str(self._world),
+            "WORLD_SIZE": str(self._config.world),
         }
         dist.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
-        self._mesh = init_device_mesh(self._device.type, (self._world,))
+        self._meshes = make_meshes(self._config, self._device.type)
 
     def load(
         self,
@@ -88,17 +86,12 @@ class TrainWorker:
         self._packer = WeightPacker(self._policy.model, rollout_dtype)
 
     def _build(self, model_dir: Path, config: OptimizerConfig) -> RankPolicy:
-        model = build_model(
-            AutoConfig.from_pretrained(model_dir), path=model_dir, attn_implementation=TREE_ATTENTION
-        ).to(self._device)
-        shard_model(
-            model,
-            self._mesh,
-            dtype=torch.bfloat16 if self._config.dtype == "bfloat16" else torch.float32,
-            activation_checkpointing=self._config.activation_checkpointing,
-        )
+        model = load_model(model_dir, self._config, self._meshes, self._device)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            [{"params": group} for group in parameter_groups(model)],
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
         )
         return RankPolicy(
             model=model,

@@ -52,7 +52,7 @@ def build_inputs(recipe: Recipe, folder: RunFolder) -> Inputs:
     if source is not None:
         return Inputs(tokenizer, folder.tokenizer, Path(source), rows)
     if not folder.initial.is_dir():
-        model = build_model(model_config(recipe.model, tokenizer, recipe.folder), path=None, seed=recipe.seed)
+        model = build_model(model_config(recipe.model, tokenizer, recipe.folder), recipe.seed)
         save_model_dir(model, tokenizer, folder.initial)
     return Inputs(tokenizer, folder.tokenizer, folder.initial, rows)
 

@@ -50,7 +50,7 @@ def _grpo(recipe: Recipe, config: GRPOConfig, rows: int | None) -> Iterator[tupl
 
 def _tokens(recipe: Recipe, groups: int, updates: int, tokens: int) -> str:
     """Most tokens of a step, and of one rank in an update. Whole groups, of `tokens` each, go to a rank."""
-    per_rank = math.ceil(groups // updates / recipe.train.shard) * tokens
+    per_rank = math.ceil(groups // updates / recipe.train.world) * tokens
     return (
         f"at most {groups * tokens:,} a step, {per_rank:,} per rank in an update; "
         f"{recipe.train.tokens_per_rank:,} in a micro-batch"

@@ -60,7 +60,7 @@ def run(
         if all(_is_done(recipe, folder, index) for index in range(len(recipe.stages))):
             return write_report(output_dir)
         inputs = build.build_inputs(recipe, folder)
-        console.print(f"starting {recipe.train.shard} training rank(s) and {recipe.rollout.replicas} vLLM engine(s)")
+        console.print(f"starting {recipe.train.world} training rank(s) and {recipe.rollout.replicas} vLLM engine(s)")
         engine = build.build_engine(recipe, inputs.start, ray_address)
         stack.callback(engine.close)
         context = Run(recipe, folder, inputs, engine, console)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
+    DeepseekV3Config,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -34,20 +35,20 @@ COMMON = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
 }
+LATENT = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 CONFIGS: dict[str, PretrainedConfig] = {
-    "deepseek-v2": DeepseekV2Config(
-        **COMMON,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        first_k_dense_replace=1,
-        q_lora_rank=None,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-    ),
+    "deepseek-v2": DeepseekV2Config(**COMMON, **LATENT, q_lora_rank=None),
+    "deepseek-v3": DeepseekV3Config(**COMMON, **LATENT, q_lora_rank=16, n_group=2, topk_group=1),
     "qwen3-moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, head_dim=16),
     "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "llama-tied": LlamaConfig(**COMMON, tie_word_embeddings=True),

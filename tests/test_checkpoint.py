@@ -12,12 +12,12 @@ import tiny
 import torch
 import torch.distributed as dist
 from ranks import run_ranks, tiny_model
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignment.config import TrainConfig
 from hybrid_engine.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, save_final, step_dir
-from hybrid_engine.sharding import clip_grad_norm, shard_model
+from hybrid_engine.sharding import clip_grad_norm, make_meshes, parameter_groups, shard_model
 
 EXTRA = {"step": 2, "stream": {"epoch": 1, "order": [3, 1, 2], "fingerprint": "ab"}, "loss": 0.1 + 0.2}
 
@@ -28,8 +28,9 @@ class Run:
     def __init__(self, family: str = "deepseek-v2", seed: int = 0) -> None:
         self.model = tiny_model(family, seed).train()
         if dist.get_world_size() > 1:
-            shard_model(self.model, init_device_mesh("cpu", (dist.get_world_size(),)), dtype=torch.float32)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3 * (seed + 1), weight_decay=0.1)
+            shard_model(self.model, make_meshes(TrainConfig(shard=dist.get_world_size()), "cpu"), dtype=torch.float32)
+        groups = [{"params": group} for group in parameter_groups(self.model)]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3 * (seed + 1), weight_decay=0.1)
 
     def steps(self, count: int) -> Run:
         for _ in range(count):

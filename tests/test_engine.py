@@ -7,6 +7,7 @@ import signal
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import faulty
 import numpy as np
@@ -15,25 +16,24 @@ import ray
 from tiny import model_dir
 
 import hybrid_engine.engine as engine_module
-from alignment.config import GRPOConfig, TrainConfig
+from alignment.config import GRPOConfig, SFTConfig, TrainConfig
 from alignment.grpo import grpo
+from alignment.sft import sft_step
 from hybrid_engine import health
 from hybrid_engine.engine import CanaryError, HybridEngine, start_ray
 from hybrid_engine.health import WorkerError
 from rollout.config import RolloutConfig
 from rollout.prompts import Stream
 from rollout.sampler import Request, Sampling
-from rollout.types import Prompt, Scores
+from rollout.types import Prompt, Scores, Trajectory
 
 FAMILY = "deepseek"
 ray.cloudpickle.register_pickle_by_value(faulty)  # Ray's processes cannot import from here
 
 
-def start(
-    shard: int = 1, replicas: int = 1, dtype: str = "float32", train_dtype: str = "float32", family: str = FAMILY
-) -> HybridEngine:
-    rollout = RolloutConfig(replicas=replicas, max_length=96, max_num_seqs=64, memory=0.25, dtype=dtype)
-    return HybridEngine(model_dir(family), TrainConfig(shard=shard, dtype=train_dtype), rollout, seed=0)
+def start(rollout_dtype: str = "float32", replicas: int = 1, family: str = FAMILY, **train: Any) -> HybridEngine:
+    rollout = RolloutConfig(replicas=replicas, max_length=96, max_num_seqs=64, memory=0.25, dtype=rollout_dtype)
+    return HybridEngine(model_dir(family), TrainConfig(**train), rollout, seed=0)
 
 
 def config(**changes) -> GRPOConfig:
@@ -170,9 +170,9 @@ def test_a_hand_over_that_goes_wrong_stops_the_run_by_the_name_of_a_check(
         engine.close()
 
 
-@pytest.mark.parametrize(("train_dtype", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_step_in_bfloat16_stays_within_its_own_limits(train_dtype: str, dtype: str) -> None:
-    engine = start(dtype=dtype, train_dtype=train_dtype)
+@pytest.mark.parametrize(("train", "rollout"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_step_in_bfloat16_stays_within_its_own_limits(train: str, rollout: str) -> None:
+    engine = start(rollout, dtype=train)
     try:
         begin(engine, config())
         done = run_steps(engine, config())
@@ -187,7 +187,7 @@ def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine) -> None:
     begin(small, config())
     one = run_steps(small, config())
     small.close()
-    engine = start(shard=2, replicas=2)
+    engine = start(shard=2, expert=2, replicas=2)
     try:
         begin(engine, config())
         two = run_steps(engine, config())
@@ -220,12 +220,17 @@ def test_deaths_are_seen_while_others_work_and_at_the_start(monkeypatch: pytest.
         ray.shutdown()
 
 
-def test_a_killed_engine_ends_the_run_with_its_name() -> None:
+def test_a_killed_engine_ends_the_run_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start()
     try:
         begin(engine, config())
         run_steps(engine, config(steps=1))
         _kill_and_see(engine, "rollout engine 0")
+        monkeypatch.setattr("hybrid_engine.engine.LOOK", 0.0)
+        row = Trajectory(np.arange(5, dtype=np.int32), np.ones(5, bool), np.full(5, np.nan, np.float32), "stop")
+        sft = SFTConfig(data={"path": "x.jsonl"}, steps=2)
+        with pytest.raises(WorkerError, match="rollout engine 0: the process died"):
+            sft_step(engine, [row], sft, 1, 2)  # it asks no engine for anything
     finally:
         engine.close()
 

@@ -30,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def nano(tokenizer):
-    return build_model(model_config(NANO, tokenizer, ROOT), path=None, seed=7)
+    return build_model(model_config(NANO, tokenizer, ROOT), 7)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_initialisation_follows_the_seed_alone(tokenizer, nano):
     config = model_config(NANO, tokenizer, ROOT)
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
-    again, other = build_model(config, path=None, seed=7), build_model(config, path=None, seed=8)
+    again, other = build_model(config, 7), build_model(config, 8)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in nano.state_dict().items())
     assert not torch.equal(nano.lm_head.weight, other.lm_head.weight)
@@ -135,15 +135,6 @@ def test_saved_directory_loads_as_it_is(tokenizer, nano, saved):
     assert loaded.chat_template == tokenizer.chat_template
 
 
-def test_saved_model_comes_back_through_the_recipes_path(saved, nano):
-    config = ModelConfig(path=saved.name)
-    tokenizer = load_tokenizer(config, saved.parent, [])
-    hf_config = model_config(config, tokenizer, saved.parent)
-    assert same(build_model(hf_config, path=saved), nano)
-    half = build_model(hf_config, path=saved, dtype=torch.bfloat16, attn_implementation="eager")
-    assert half.dtype == torch.bfloat16 and half.config._attn_implementation == "eager"
-
-
 def test_gathered_weights_are_saved_through_an_empty_model(tokenizer, nano, tmp_path):
     shell = empty_model(nano.config)
     save_model_dir(shell, tokenizer, tmp_path / "final", state=nano.state_dict())
@@ -165,12 +156,11 @@ def test_gathered_weights_are_saved_through_an_empty_model(tokenizer, nano, tmp_
     ids=["mixtral", "tied-qwen2"],
 )  # fmt: skip
 def test_other_families_are_saved_and_loaded_too(config, tokenizer, tmp_path):
-    model = build_model(config, path=None)
+    model = build_model(config)
     for number, state in enumerate([None, model.state_dict()]):
         save_model_dir(model if state is None else empty_model(config), tokenizer, tmp_path / f"{number}", state=state)
-        loaded = build_model(
-            model_config(ModelConfig(path=f"{number}"), tokenizer, tmp_path), path=tmp_path / f"{number}"
-        )
+        model_config(ModelConfig(path=f"{number}"), tokenizer, tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"{number}")
         assert same(loaded, model)
         assert tokenizer.eos_token_id in torch.tensor(loaded.generation_config.eos_token_id)
 
@@ -210,12 +200,6 @@ def test_unfit_models_are_refused_with_the_reason(saved, tmp_path, tokenizer, ch
     with pytest.raises(ValueError, match=str(folder)) as error:
         model_config(ModelConfig(path=str(folder)), tokenizer, ROOT)
     assert part in str(error.value)
-
-
-def test_missing_weights_and_wrong_shapes_are_refused(saved, tmp_path, tokenizer):
-    folder = edited(saved, tmp_path, num_hidden_layers=4)
-    with pytest.raises(ValueError, match=r"weights are missing.*model\.layers\.3"):
-        build_model(model_config(ModelConfig(path=str(folder)), tokenizer, ROOT), path=folder)
 
 
 def test_paths_that_hold_no_model_are_named(tmp_path, monkeypatch, tokenizer):

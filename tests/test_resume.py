@@ -43,7 +43,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     moments = random.Random(7)
     for kill in range(10):
         victim, process = VICTIMS[kill % 3], run(tmp_path / "killed")
-        start, wanted = steps_done(tmp_path / "killed"), moments.randint(3, 18)
+        start, wanted = steps_done(tmp_path / "killed"), moments.randint(2, 12)
         # A kill falls where the steps have got to, and then anywhere within the next one.
         while steps_done(tmp_path / "killed") < start + wanted and process.poll() is None:
             time.sleep(0.05)

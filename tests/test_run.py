@@ -167,7 +167,7 @@ def test_final_loads_in_transformers_as_it_is(whole: tuple[Path, Path, str]) -> 
 def test_final_loads_in_vllm_as_it_is(whole: tuple[Path, Path, str]) -> None:
     code = (
         "import sys; from vllm import LLM, SamplingParams\n"
-        "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=64, max_num_seqs=8)\n"
+        "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=64, max_num_seqs=8, gpu_memory_utilization=0.3)\n"
         "outputs = llm.generate(['add 4 5 ='], SamplingParams(max_tokens=4, temperature=0))\n"
         "print('SAID', repr(outputs[0].outputs[0].text))"
     )
@@ -186,7 +186,7 @@ def test_a_run_joins_the_ray_cluster_that_it_is_told(tmp_path: Path) -> None:
         recipe, run = write_recipe(tmp_path), tmp_path / "run"
         finish(align("run", str(recipe), "--output", str(run), "--ray", cluster.address))
         assert len(metrics(run, "02-grpo")) == 6
-        assert cluster.head_node.all_processes_alive()
+        assert cluster.head_node.remaining_processes_alive()
     finally:
         cluster.shutdown()
 

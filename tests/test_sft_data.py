@@ -61,7 +61,7 @@ def trl_rows(rows, tokenizer, tmp_path, **settings):
     import trl
 
     args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=40, **settings)
-    model = build_model(model_config(ModelConfig(init=InitConfig()), tokenizer, tmp_path), path=None)
+    model = build_model(model_config(ModelConfig(init=InitConfig()), tokenizer, tmp_path))
     dataset = Dataset.from_list(copy.deepcopy(rows))
     trainer = trl.SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     return trainer.train_dataset["input_ids"], trainer.train_dataset["labels"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks, tiny_model
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from alignment.config import TrainConfig
 from hybrid_engine import sharding
-from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, reshard, shard_model
+from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, reshard, shard_model
 from hybrid_engine.weight_sync import WeightPacker
 
 LENGTHS = (9, 3, 17, 5, 12, 0, 7, 2)  # tokens with loss, per sequence; one has none, as on a rank that ran out of rows
@@ -85,8 +85,7 @@ def logits_after_change(model: torch.nn.Module, action: Callable[[torch.nn.Modul
 
 def sharded(dtype: torch.dtype = torch.float32, **options: bool) -> torch.nn.Module:
     model = tiny_model("deepseek-v2")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shard_model(model.eval(), mesh, dtype=dtype, **options)
+    shard_model(model.eval(), make_meshes(TrainConfig(shard=dist.get_world_size()), "cpu"), dtype=dtype, **options)
     return model
 
 
@@ -226,5 +225,5 @@ def test_a_gradient_that_is_not_finite_is_an_error():
 def test_wrong_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"dtype=torch\.float32"):
         shard_model(tiny_model("llama").bfloat16(), None, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="needs a device mesh"):
+    with pytest.raises(ValueError, match="needs meshes"):
         shard_model(tiny_model("llama"), None, dtype=torch.bfloat16)

@@ -1,0 +1,103 @@
+"""Expert parallelism: each rank of a group keeps an equal share of a layer's routed experts, and tokens travel to them.
+
+A token's hidden state goes once to every rank that holds at least one of its experts, the sum of what those experts
+make of it (each weighted by its gate) comes back, and the token's rank adds the sums up. It is the same function as the
+layer's own, forward and backward; on the way back gradients travel the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+
+from alignment.config import TrainConfig
+from hybrid_engine.layout import expert_layout
+
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden [N, H], expert ids [N, K], gate weights [N, K]) -> [N, H], as Transformers' experts modules compute it."""
+
+
+def expert_modules(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """Every layer's routed experts: the modules that hold them stacked, [experts, out, in]."""
+    return (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
+
+
+def check_experts(train: TrainConfig, model: PreTrainedModel) -> None:
+    """Raise `ValueError` where the model's experts cannot be laid over the ranks as `train` says."""
+    if train.expert == 1:
+        return
+    parameters = [parameter for module in expert_modules(model) for parameter in module.parameters(recurse=False)]
+    if not parameters:
+        kind = model.config.model_type
+        raise ValueError(f"train.expert is {train.expert}, but {kind} has no routed experts; set it to 1")
+    shard = expert_layout(train).shard
+    for experts, size, _ in (parameter.shape for parameter in parameters):
+        if experts % train.expert:
+            raise ValueError(f"train.expert ({train.expert}) does not divide the model's {experts} routed experts")
+        if size % shard:
+            raise ValueError(
+                f"with train.expert {train.expert}, train.shard ({train.shard}) leaves {shard} ranks to split each "
+                f"expert, and {shard} does not divide {size}, the size of one of its matrices"
+            )
+
+
+def spread_experts(experts: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Keep this rank's share of the experts, in place, as DTensors that still know the whole.
+
+    mesh: one dimension, over the ranks that together hold all experts; it must divide their number.
+    """
+    count, rank = experts.num_experts // mesh.size(), mesh.get_local_rank()
+    assert count * mesh.size() == experts.num_experts, "check_experts comes first"
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        mine = parameter.detach()[rank * count : (rank + 1) * count].clone()
+        setattr(experts, name, torch.nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
+    experts.num_experts = count
+    experts.forward = partial(_forward, experts, experts.forward, mesh)
+
+
+def _forward(
+    experts: torch.nn.Module,
+    compute: Experts,
+    mesh: DeviceMesh,
+    hidden_NH: torch.Tensor,
+    ids_NK: torch.Tensor,
+    weights_NK: torch.Tensor,
+) -> torch.Tensor:
+    ranks, count = mesh.size(), experts.num_experts
+    # An id past the last expert stands for none: its column is cut off.
+    wanted_NR = torch.zeros(len(ids_NK), ranks + 1, dtype=torch.bool, device=ids_NK.device)
+    wanted_NR = wanted_NR.scatter_(1, ids_NK // count, True)[:, :ranks]
+    token_S = wanted_NR.T.nonzero()[:, 1]  # S: tokens to send, rank by rank
+    sent = wanted_NR.sum(0)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=mesh.get_group())
+    there, back = (received.tolist(), sent.tolist()), (sent.tolist(), received.tolist())
+    arrived_AH = all_to_all_single_autograd(hidden_NH[token_S], *there, mesh)  # A: tokens that arrived
+    gates_AK = all_to_all_single_autograd(weights_NK[token_S], *there, mesh)
+    ids_AK = all_to_all_single(ids_NK[token_S], *there, mesh) - mesh.get_local_rank() * count
+    row, slot = ((ids_AK >= 0) & (ids_AK < count)).nonzero(as_tuple=True)
+    with _local_parameters(experts):
+        output = compute(arrived_AH[row], ids_AK[row, slot][:, None], gates_AK[row, slot][:, None])
+    summed_AH = torch.zeros_like(arrived_AH).index_add(0, row, output)
+    returned_SH = all_to_all_single_autograd(summed_AH, *back, mesh)
+    return torch.zeros_like(hidden_NH).index_add(0, token_S, returned_SH)
+
+
+@contextmanager
+def _local_parameters(experts: torch.nn.Module) -> Iterator[None]:
+    """Attributes of the module's own forward: this rank's experts as plain tensors, with the gradient's way back."""
+    names = [name for name, _ in experts.named_parameters(recurse=False)]
+    vars(experts).update({name: experts.get_parameter(name).to_local() for name in names})
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(experts)[name]
