@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rewards.config import RewardConfig
 from rollout.config import Config, DataConfig
@@ -55,6 +55,8 @@ class TrainConfig(Config):
     """Most tokens in one micro-batch of a rank."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass to save memory."""
+    routing_replay: bool = False
+    """Compute each sampled token with the experts that the sampler chose for it (R3)."""
 
     @property
     def world(self) -> int:
@@ -73,6 +75,8 @@ class TrainConfig(Config):
 
 
 Moment = Annotated[float, Field(ge=0, lt=1)]
+CorrectionKind = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
 class OptimizerConfig(Config):
@@ -167,10 +171,8 @@ class GRPOConfig(StageConfig):
     """Length limit of a completion."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the trainer's logits are divided by it too."""
-    clip: float = Field(0.2, gt=0, lt=1)
-    """epsilon of the clipped ratio."""
-    clip_high: float | None = Field(None, gt=0)
-    """Upper epsilon when it differs (DAPO's clip-higher)."""
+    clip: Epsilon | tuple[Epsilon, Annotated[float, Field(gt=0)]] = 0.2
+    """epsilon of the clipped ratio; [lower, upper] where they differ (DAPO's clip-higher)."""
     kl: float = Field(0.0, ge=0)
     """beta, coefficient of the k3 KL to the reference; 0 loads no reference model."""
     reference: str | None = None
@@ -183,15 +185,13 @@ class GRPOConfig(StageConfig):
     """Completions cut at the length limit: train on them, mask them out of the loss, or reward them 0."""
     mismatch_limit: float | None = Field(None, gt=0)
     """Stop when the k3 KL between sampler and trainer exceeds this (default 1e-7 in float32, 0.1 in bfloat16)."""
-    top_p: float = Field(1.0, json_schema_extra={"const": 1.0})
-    """Refused other than 1: no likelihood of a cut distribution can be compared."""
+    correction: dict[CorrectionKind, tuple[float, float]] = Field(default_factory=dict, max_length=1)
+    """Importance correction, {token_truncate: [0, 3]} (TIS), {token_mask: [0.5, 5]} (IcePop), also for a sequence."""
 
-    @field_validator("top_p")
-    @classmethod
-    def _full_distribution(cls, value: float) -> float:
-        if value != 1:
-            raise ValueError("GRPO samples from the full distribution: no likelihood of a cut one can be compared")
-        return value
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Lower and upper epsilon."""
+        return self.clip if isinstance(self.clip, tuple) else (self.clip, self.clip)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -199,6 +199,8 @@ class GRPOConfig(StageConfig):
         if self.prompts_per_step % self.updates_per_batch:
             updates, prompts = self.updates_per_batch, self.prompts_per_step
             raise ValueError(f"`updates_per_batch` ({updates}) does not divide `prompts_per_step` ({prompts})")
+        if any(not 0 <= low < high for low, high in self.correction.values()):
+            raise ValueError("the bounds in `correction` must be [low, high] with 0 <= low < high")
         if self.reference is not None and self.kl == 0:
             raise ValueError("`reference` has no effect while `kl` is 0")
         names = [reward.label for reward in self.rewards]

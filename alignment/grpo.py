@@ -13,7 +13,7 @@ import numpy as np
 from alignment.advantages import group_advantages
 from alignment.batch import grpo_minibatches, rewards_PG
 from alignment.config import GRPOConfig
-from alignment.losses import grpo_loss
+from alignment.losses import Correction, grpo_loss
 from alignment.protocols import Engine, Policy, TrainRow
 from alignment.schedule import learning_rate
 from rewards.base import Scorer
@@ -49,7 +49,7 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
     minibatches = grpo_minibatches(groups, config)
     if not any(minibatches):  # no group has signal: a counted step without an update
         return rollout_metrics(groups, config) | _merge_updates([])
-    loss = partial(grpo_loss, clip_low=config.clip, clip_high=config.clip_high or config.clip, kl=config.kl)
+    loss = partial(grpo_loss, clip=config.clip_range, kl=config.kl, correction=_correction(config))
     if config.kl > 0:
         with engine.phase("reference") as policy:
             minibatches = [_add_logprobs(policy, rows, config, reference=True) for rows in minibatches]
@@ -67,6 +67,12 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
                 check_mismatch(update, config, engine.precision, step)
             updates.append(update | {"learning_rate": rate})
     return rollout_metrics(groups, config) | _merge_updates(updates)
+
+
+def _correction(config: GRPOConfig) -> Correction | None:
+    for kind, (low, high) in config.correction.items():
+        return Correction(low, high, sequence=kind.startswith("sequence"), mask=kind.endswith("mask"))
+    return None
 
 
 def _add_logprobs(policy: Policy, rows: list[TrainRow], config: GRPOConfig, *, reference: bool) -> list[TrainRow]:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from alignment.logprobs import token_logprobs, tree_logits
+from alignment.logprobs import TokenLogprobs, token_logprobs, tree_logits
 from alignment.losses import k3
 from alignment.protocols import Loss, LossInputs
+from alignment.routing import Routing
 from alignment.tree import MicroBatch, empty_micro_batch, pack, plant
 from rollout.types import Trajectory
 
@@ -52,6 +53,7 @@ class RankPolicy:
     clip_grad_norm: clips all gradients of the policy to a norm and returns the norm before.
     last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
     after_forward: called after a forward pass without a backward pass.
+    routing: replays the sampler's experts, or compares them with the trainer's own; None where that is not asked for.
     """
 
     model: PreTrainedModel
@@ -60,6 +62,7 @@ class RankPolicy:
     clip_grad_norm: Callable[[float], float]
     last_micro_batch: Callable[[bool], None]
     after_forward: Callable[[], None]
+    routing: Routing | None = None
     _sums: dict[str, float] = field(default_factory=dict)
 
     def update(
@@ -92,17 +95,25 @@ class RankPolicy:
         )
 
     def _backward(self, rows: Sequence[RankRow], batch: MicroBatch, loss: Loss, temperature: float) -> np.ndarray:
-        computed = token_logprobs(self.model, batch, temperature)
+        computed = self._compute(batch, temperature)
         inputs, sampler_C = self._loss_inputs(rows, batch, computed.logprobs)
         outputs = loss(inputs)
         outputs.loss.backward()
         self._add("loss", outputs.loss)
         self._add("entropy", computed.entropies.sum())
+        if batch.routes is not None and self.routing is not None:
+            self._add("mismatch/experts", self.routing.differing())
         for name, value in outputs.sums.items():
             self._add(name, value)
         if np.isnan(sampler_C).all():
             return np.empty(0, np.float32)
         return inputs.old_logprobs.detach().cpu().numpy() - sampler_C
+
+    def _compute(self, batch: MicroBatch, temperature: float) -> TokenLogprobs:
+        if self.routing is not None:
+            known = batch.routes is not None
+            self.routing.start(torch.from_numpy(batch.routes).to(self.model.device).long() if known else None)
+        return token_logprobs(self.model, batch, temperature)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
@@ -113,14 +124,16 @@ class RankPolicy:
         position_C = _position_in_row(batch.rows)
         by_row = _Columns(rows, batch.rows, position_C, logprobs_C.device)
         old_C = by_row.tokens([row.old_logprobs for row in rows])
+        sampler_C = by_row.arrays([row.trajectory.logprobs[1:][row.trajectory.loss_mask[1:]] for row in rows])
         inputs = LossInputs(
             logprobs=logprobs_C,
             old_logprobs=logprobs_C.detach() if old_C is None else old_C,
             reference_logprobs=by_row.tokens([row.reference_logprobs for row in rows]),
             advantages=by_row.scalars([row.advantage for row in rows]),
             weights=by_row.scalars([row.weight for row in rows]),
+            sampler_logprobs=torch.from_numpy(sampler_C).to(logprobs_C.device),
+            rows=torch.from_numpy(batch.rows).to(logprobs_C.device),
         )
-        sampler_C = by_row.arrays([row.trajectory.logprobs[1:][row.trajectory.loss_mask[1:]] for row in rows])
         return inputs, sampler_C
 
     @torch.no_grad()
@@ -128,7 +141,7 @@ class RankPolicy:
         """Each row's log-probabilities of its loss-carrying tokens, float32 [tokens]."""
         found: list[np.ndarray] = [np.empty(0, np.float32) for _ in rows]
         for batch in self._micro_batches(rows):
-            values_C = token_logprobs(self.model, batch, temperature).logprobs.cpu().numpy()
+            values_C = self._compute(batch, temperature).logprobs.cpu().numpy()
             for row in np.unique(batch.rows):
                 found[row] = values_C[batch.rows == row]
         self.after_forward()
@@ -137,6 +150,8 @@ class RankPolicy:
     @torch.no_grad()
     def next_token_logprobs(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """log p(next token | prompt) at temperature 1: float32 [prompts, V]."""
+        if self.routing is not None:
+            self.routing.start(None)
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         last = np.cumsum(lengths) - 1
         batch = MicroBatch(
@@ -155,13 +170,14 @@ class RankPolicy:
 
     def _micro_batches(self, rows: Sequence[RankRow]) -> list[MicroBatch]:
         """This rank's micro-batches; every rank gets as many as the one with the most, empty ones if need be."""
+        by_routes = self.routing is not None and self.routing.replay
         groups: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(row.group, []).append(i)
         trees = [
             tree
             for members in groups.values()
-            for tree in plant([rows[i].trajectory for i in members], members, self.tokens_per_rank)
+            for tree in plant([rows[i].trajectory for i in members], members, self.tokens_per_rank, by_routes=by_routes)
         ]
         batches = pack(trees, self.tokens_per_rank)
         count = max(1, len(batches))
@@ -209,8 +225,9 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     """The metrics of an update, from every rank's part.
 
     `loss` and the loss's own sums as they add up; `entropy` (nats, mean over tokens); `grad_norm`; `tokens/loss`,
-    `tokens/computed`; where the rows were sampled, `mismatch/k3` (KL from sampler to trainer, mean over tokens),
-    `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|).
+    `tokens/computed`. Where the rows were sampled: `mismatch/k3` (KL from sampler to trainer, mean over tokens),
+    `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|), `mismatch/experts` (share of the computed
+    tokens whose experts differ from the sampler's).
     """
     names = {name for rank in ranks for name in rank.sums}
     metrics = {name: sum(rank.sums[name] for rank in ranks if name in rank.sums) for name in sorted(names)}
@@ -219,6 +236,8 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     metrics["grad_norm"] = ranks[0].grad_norm
     metrics["tokens/loss"] = tokens
     metrics["tokens/computed"] = sum(rank.nodes for rank in ranks)
+    if "mismatch/experts" in metrics:
+        metrics["mismatch/experts"] /= metrics["tokens/computed"]
     difference = np.concatenate([rank.mismatch for rank in ranks])
     if len(difference):
         metrics["mismatch/k3"] = float(k3(torch.from_numpy(difference).double()).mean())

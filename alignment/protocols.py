@@ -44,6 +44,7 @@ class LossInputs:
     logprobs: log p of each token under the weights in training (carries the gradient).
     old_logprobs: under the weights that sampled them, by the trainer's forward (logprobs detached when on-policy).
     reference_logprobs: under the reference, or None. advantages, weights: of the token's row.
+    sampler_logprobs: as the sampler reported them (NaN where nothing was sampled). rows: int64, the token's row.
     """
 
     logprobs: torch.Tensor
@@ -51,6 +52,8 @@ class LossInputs:
     reference_logprobs: torch.Tensor | None
     advantages: torch.Tensor
     weights: torch.Tensor
+    sampler_logprobs: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

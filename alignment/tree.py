@@ -27,6 +27,7 @@ class Tree:
     token_ids, positions, ends: [N] int64; ends is one past the last node of the subtree.
     sources, targets: [C] int64, token c is `targets[c]`, predicted from node `sources[c]`.
     rows: [C] int64, index of the token's sequence among those given to `plant`.
+    routes: [N, L, K] int16 experts of each node as the sampler chose them, or None.
     """
 
     token_ids: np.ndarray
@@ -35,6 +36,7 @@ class Tree:
     sources: np.ndarray
     targets: np.ndarray
     rows: np.ndarray
+    routes: np.ndarray | None
 
     @property
     def size(self) -> int:
@@ -42,21 +44,34 @@ class Tree:
         return len(self.token_ids)
 
 
-def plant(trajectories: Sequence[Trajectory], rows: Sequence[int], max_nodes: int) -> list[Tree]:
+def plant(
+    trajectories: Sequence[Trajectory], rows: Sequence[int], max_nodes: int, *, by_routes: bool = False
+) -> list[Tree]:
     """Merge the sequences of one group into trees of at most `max_nodes` nodes (a longer sequence stands alone).
 
+    A token is shared where the sequences agree up to it: on tokens, and with `by_routes` on the experts that the
+    sampler chose for them (otherwise a shared node has the experts of one of its sequences).
     rows: what each trajectory's tokens are labelled with in `Tree.rows`. Within a row, tokens keep their order.
     """
     # Sorted, a sequence shares more with its neighbour than with any other, and depth-first order comes by itself.
-    order = sorted(range(len(trajectories)), key=lambda i: trajectories[i].token_ids.tolist())
+    keys = [_read(trajectory, by_routes) for trajectory in trajectories]
+    order = sorted(range(len(keys)), key=lambda i: (keys[i].tobytes(), int(trajectories[i].token_ids[-1])))
     trees, branch = [], _Branch()
     for i in order:
-        if branch.size and branch.size_with(trajectories[i].token_ids) > max_nodes:
+        if branch.size and branch.size_with(keys[i]) > max_nodes:
             trees.append(branch.tree())
             branch = _Branch()
-        branch.add(trajectories[i], rows[i])
+        branch.add(trajectories[i], keys[i], rows[i])
     trees.append(branch.tree())
     return trees
+
+
+def _read(trajectory: Trajectory, by_routes: bool) -> np.ndarray:
+    """[T-1, 1 + L * K] big-endian, so that bytes sort like numbers: what the model reads, and by which experts."""
+    tokens = trajectory.token_ids[:-1, None]
+    if trajectory.routes is None or not by_routes:
+        return tokens.astype(">i4")
+    return np.concatenate([tokens, trajectory.routes.reshape(len(tokens), -1)], axis=1).astype(">i4")
 
 
 class _Branch:
@@ -65,30 +80,33 @@ class _Branch:
     def __init__(self) -> None:
         self.size = 0
         self._tokens: list[np.ndarray] = []
+        self._routes: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
         self._ends: list[np.ndarray] = []
         self._sources: list[np.ndarray] = []
         self._targets: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
-        self._last = np.empty(0, np.int64)  # the newest sequence's read tokens
-        self._path = np.empty(0, np.int64)  # and their nodes
+        self._last: np.ndarray | None = None  # what the newest sequence read
+        self._path = np.empty(0, np.int64)  # and its nodes
         self._closed: list[tuple[np.ndarray, int]] = []
 
     def _shared(self, read: np.ndarray) -> int:
+        if self._last is None:
+            return 0
         n = min(len(read), len(self._last))
-        differ = np.flatnonzero(read[:n] != self._last[:n])
+        differ = np.flatnonzero((read[:n] != self._last[:n]).any(1))
         return int(differ[0]) if len(differ) else n
 
-    def size_with(self, token_ids: np.ndarray) -> int:
-        read = token_ids[:-1]
+    def size_with(self, read: np.ndarray) -> int:
         return self.size + len(read) - self._shared(read)
 
-    def add(self, trajectory: Trajectory, row: int) -> None:
-        read = trajectory.token_ids[:-1].astype(np.int64)
+    def add(self, trajectory: Trajectory, read: np.ndarray, row: int) -> None:
         shared = self._shared(read)
         self._closed.append((self._path[shared:], self.size))
         new = np.arange(self.size, self.size + len(read) - shared)
-        self._tokens.append(read[shared:])
+        self._tokens.append(read[shared:, 0].astype(np.int64))
+        if trajectory.routes is not None:
+            self._routes.append(trajectory.routes[shared:])
         self._positions.append(np.arange(shared, len(read)))
         self._path = np.concatenate([self._path[:shared], new])
         self._last = read
@@ -109,6 +127,7 @@ class _Branch:
             sources=np.concatenate(self._sources),
             targets=np.concatenate(self._targets),
             rows=np.concatenate(self._rows),
+            routes=np.concatenate(self._routes) if self._routes else None,
         )
 
 
@@ -118,7 +137,7 @@ class MicroBatch:
 
     token_ids, positions, ends: [N]. lengths: [R] nodes per tree, longest first.
     sources, targets: [M] each distinct edge once. edges: [C] index into M of every loss-carrying token.
-    rows: [C] the token's row; tokens of a row are in order.
+    rows: [C] the token's row; tokens of a row are in order. routes: [N, L, K] int16 experts to replay, or None.
     """
 
     token_ids: np.ndarray
@@ -129,6 +148,7 @@ class MicroBatch:
     targets: np.ndarray
     edges: np.ndarray
     rows: np.ndarray
+    routes: np.ndarray | None = None
 
 
 def pack(trees: Sequence[Tree], max_nodes: int) -> list[MicroBatch]:
@@ -166,4 +186,5 @@ def _join(trees: Sequence[Tree]) -> MicroBatch:
         targets=pairs % base,
         edges=edges.reshape(-1),
         rows=np.concatenate([tree.rows for tree in trees]),
+        routes=None if trees[0].routes is None else np.concatenate([tree.routes for tree in trees]),
     )

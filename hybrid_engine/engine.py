@@ -161,13 +161,13 @@ class HybridEngine:
             stream = wait_any(streams, self._ranks)
             r = streams[stream]
             try:
-                finished: list[Finished] = ray.get(next(stream))
+                finished: Finished = ray.get(next(stream))
             except StopIteration:
                 del streams[stream]
                 continue
             except ray.exceptions.RayError as error:
                 raise WorkerError(f"rollout engine {r}: {describe(error)}") from error
-            groups = [(item.place, Group(prompts[item.place], item.completions)) for item in finished]
+            groups = [(place, Group(prompts[place], completions)) for place, completions in finished.groups()]
             yield groups, scorer.submit([group for _, group in groups], {"global_step": step - 1})
 
     def update(
@@ -225,7 +225,8 @@ class HybridEngine:
     def _hand_over(self) -> None:
         """Bring the newest weights into every replica, verified."""
         with self._timed("handover"):
-            sent: HandOver = self._call_ranks(lambda rank: rank.hand_over.remote(self._version, self._canary))[0]
+            sent: HandOver = self._call_ranks(lambda rank: rank.hand_over.remote(self._version))[0]
+            expected = {name: rank.canary.remote(self._canary) for name, rank in self._ranks.items()}
             answers = wait_all(
                 {
                     name: replica.receive.remote(sent.manifest, sent.buffer, self._canary)
@@ -233,9 +234,10 @@ class HybridEngine:
                 },
                 self._ranks,
             )
+            canary = wait_all(expected)[0]
         limit = CANARY_LIMIT[self.precision]
         for name, answer in zip(self._replicas, answers, strict=True):
-            error = canary_error(answer, sent.canary)
+            error = canary_error(answer, canary)
             self._metrics["handover/canary"] = max(error, self._metrics.get("handover/canary", 0.0))
             if not error <= limit:
                 raise CanaryError(

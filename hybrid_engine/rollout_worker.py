@@ -13,7 +13,7 @@ import ray
 
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
-from rollout.types import Completion, Handle, Prompt
+from rollout.types import Completion, FinishReason, Handle, Prompt, Trajectories
 from rollout.weights import WeightManifest
 
 CANARY_TOP = 20
@@ -22,10 +22,26 @@ CANARY_TOP = 20
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The completions of one prompt, all of them; `place` is the prompt's in the batch."""
+    """Groups that are complete, in a few values: each is the prompt's place in the batch, and its G completions follow
+    each other. The trajectories lie behind `ref`, in the same order, as `Trajectories`."""
 
-    place: int
-    completions: tuple[Completion, ...]
+    places: tuple[int, ...]
+    texts: tuple[str, ...]
+    finish_reasons: tuple[FinishReason, ...]
+    token_ids: np.ndarray
+    ends: np.ndarray
+    ref: ray.ObjectRef
+
+    def groups(self) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        """(place, completions) of each group."""
+        spoken = np.split(self.token_ids, self.ends[:-1])
+        completions = [
+            Completion(text, token_ids, reason, Handle(self.ref, index))
+            for index, (text, token_ids, reason) in enumerate(zip(self.texts, spoken, self.finish_reasons, strict=True))
+        ]
+        size = len(completions) // len(self.places)
+        for number, place in enumerate(self.places):
+            yield place, tuple(completions[number * size : (number + 1) * size])
 
 
 class RolloutWorker:
@@ -58,7 +74,7 @@ class RolloutWorker:
 
     def sample(
         self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling, step: int
-    ) -> Iterator[list[Finished]]:
+    ) -> Iterator[Finished]:
         """Sample the prompts, which stand at `places` of the batch; yield groups, several at a time, once complete."""
         requests = group_requests(prompts, places, sampling, step)
         held: list[ray.ObjectRef] = []
@@ -87,18 +103,18 @@ class RolloutWorker:
         return self._engine.score(sequences)
 
 
-def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) -> list[Finished]:
+def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) -> Finished:
     """Trajectories go to the object store, once for all these groups (`held` gets the reference); the rest is small."""
-    ordered = [(place, sorted(samples, key=lambda sample: sample.index)) for place, samples in groups]
-    ref = ray.put([sample.trajectory for _, samples in ordered for sample in samples])
+    samples = [sample for _, found in groups for sample in sorted(found, key=lambda sample: sample.index)]
+    trajectories = [sample.trajectory for sample in samples]
+    spoken = [trajectory.token_ids[trajectory.loss_mask] for trajectory in trajectories]
+    ref = ray.put(Trajectories.of(trajectories))
     held.append(ref)
-    finished, index = [], 0
-    for place, samples in ordered:
-        completions = []
-        for sample in samples:
-            trajectory = sample.trajectory
-            spoken = trajectory.token_ids[trajectory.loss_mask]
-            completions.append(Completion(sample.text, spoken, trajectory.finish_reason, Handle(ref, index)))
-            index += 1
-        finished.append(Finished(place, tuple(completions)))
-    return finished
+    return Finished(
+        places=tuple(place for place, _ in groups),
+        texts=tuple(sample.text for sample in samples),
+        finish_reasons=tuple(trajectory.finish_reason for trajectory in trajectories),
+        token_ids=np.concatenate(spoken),
+        ends=np.cumsum([len(token_ids) for token_ids in spoken]),
+        ref=ref,
+    )

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from alignment.config import OptimizerConfig, TrainConfig
 from alignment.policy import RankPolicy, RankRow, UpdateStats
 from alignment.protocols import Loss, TrainRow
+from alignment.routing import Routing
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.loading import load_model
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
@@ -28,12 +29,10 @@ from rollout.weights import WeightManifest
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
-    """What rank 0 sends to the rollout engines: the manifest, a reference to the buffer (uint8), and the trainer's own
-    next-token log-probabilities of the canary prompts, float32 [prompts, V]."""
+    """What rank 0 sends to the rollout engines: the manifest, and a reference to the buffer (uint8)."""
 
     manifest: WeightManifest
     buffer: ray.ObjectRef
-    canary: np.ndarray
 
 
 class TrainWorker:
@@ -79,6 +78,7 @@ class TrainWorker:
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one."""
         self._packer = self._reference = self._policy = None
         self._policy = self._build(model_dir, optimizer)
+        self._policy.routing = Routing(self._policy.model, replay=self._config.routing_replay)
         if reference_dir is not None:
             self._reference = self._build(reference_dir, optimizer)
             self._reference.model.requires_grad_(False)
@@ -127,15 +127,18 @@ class TrainWorker:
         ref = ray.put(values)
         return [Handle(ref, i) for i in range(len(values))]
 
-    def hand_over(self, version: int, canary: Sequence[np.ndarray]) -> HandOver | None:
-        """Gather and pack the weights; rank 0 returns them, with its log-probabilities after the canary prompts."""
+    def hand_over(self, version: int) -> HandOver | None:
+        """Gather and pack the weights; rank 0 returns them."""
         assert self._packer is not None, "load() comes first"
-        expected = self._loaded.next_token_logprobs(canary)
         packed = self._packer.pack(version)
         if packed is None:
             return None
         manifest, buffer = packed
-        return HandOver(manifest, ray.put(buffer), expected)
+        return HandOver(manifest, ray.put(buffer))
+
+    def canary(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V]."""
+        return self._loaded.next_token_logprobs(prompts)
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Write all that a resumed stage needs; `extra` is the driver's."""

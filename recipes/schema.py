@@ -178,6 +178,8 @@ def _message(found: Mapping[str, Any]) -> str:
     """One error of pydantic's in the words of a recipe's author."""
     got = shorten(repr(found["input"]), lines=1, width=60)
     match found["type"]:
+        case "extra_forbidden" if found["loc"][-2:-1] == ("grpo",) and found["loc"][-1] in ("top_p", "top_k"):
+            return "GRPO samples from the full distribution: no likelihood of a cut one can be compared"
         case "extra_forbidden":
             return f"unknown key{nearest(str(found['loc'][-1]), _known_keys(found['loc'][:-1]))}"
         case "missing":

@@ -23,11 +23,9 @@ class DataConfig(Config):
     function: str | None = None
     """`module:function` or `file.py:function` that returns a list of row dicts."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments for `function`, or for `datasets.load_dataset` with a hub dataset, e.g. {name: main}."""
+    """Keyword arguments for `function`, or for `datasets.load_dataset` with a hub dataset, e.g. {split: train}."""
     columns: dict[str, str] = Field(default_factory=dict)
     """New name -> column in the file, e.g. {prompt: question, completion: answer}."""
-    split: str = "train"
-    """Split of a hub dataset."""
     limit: int | None = Field(None, gt=0)
     """Use only the first N rows."""
 

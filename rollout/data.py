@@ -96,12 +96,11 @@ def _parse(data: bytes, where: str) -> Any:
 def _hub_rows(name: str, config: DataConfig) -> list[Any]:
     import datasets
 
+    arguments = {"split": "train"} | config.args
     try:
-        dataset = datasets.load_dataset(name, split=config.split, **config.args)
+        dataset = datasets.load_dataset(name, **arguments)
     except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"{name}: neither a file here nor loadable as a hub dataset, split `{config.split}`: {error}"
-        ) from error
+        raise ValueError(f"{name}: neither a file here nor loadable as a hub dataset ({arguments}): {error}") from error
     return dataset.select(range(min(config.limit or len(dataset), len(dataset)))).to_list()
 
 

@@ -5,9 +5,9 @@ Shape letters: T tokens of a sequence, G completions of a prompt, L MoE layers, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -63,10 +63,53 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class Trajectories:
+    """Many trajectories in a few arrays, one after the other: between processes an array costs more than its bytes.
+
+    ends: [B] where each ends among the tokens. token_ids, loss_mask, logprobs: [sum of T]. routes: [sum of T-1, L, K].
+    `batch[i]` is trajectory i, in views.
+    """
+
+    ends: np.ndarray
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    logprobs: np.ndarray
+    finish_reasons: tuple[FinishReason, ...]
+    version_spans: tuple[tuple[VersionSpan, ...], ...]
+    routes: np.ndarray | None
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> Self:
+        """The trajectories' values, copied; all of them have routes, or none has."""
+        return cls(
+            ends=np.cumsum([len(trajectory.token_ids) for trajectory in trajectories]),
+            token_ids=np.concatenate([trajectory.token_ids for trajectory in trajectories]),
+            loss_mask=np.concatenate([trajectory.loss_mask for trajectory in trajectories]),
+            logprobs=np.concatenate([trajectory.logprobs for trajectory in trajectories]),
+            finish_reasons=tuple(trajectory.finish_reason for trajectory in trajectories),
+            version_spans=tuple(trajectory.version_spans for trajectory in trajectories),
+            routes=np.concatenate([trajectory.routes for trajectory in trajectories])
+            if trajectories[0].routes is not None
+            else None,
+        )
+
+    def __getitem__(self, index: int) -> Trajectory:
+        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
+        return Trajectory(
+            token_ids=self.token_ids[start:end],
+            loss_mask=self.loss_mask[start:end],
+            logprobs=self.logprobs[start:end],
+            finish_reason=self.finish_reasons[index],
+            version_spans=self.version_spans[index],
+            routes=None if self.routes is None else self.routes[start - index : end - index - 1],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Handle:
     """Where a large value lies: item `index` of the list behind `ref`.
 
-    `ref` is opaque outside `hybrid_engine` (there, a Ray object reference or the list itself).
+    `ref` is opaque outside `hybrid_engine` (there, a Ray object reference or what it refers to).
     """
 
     ref: Any

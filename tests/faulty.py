@@ -20,10 +20,10 @@ class PlantedTrainer(TrainWorker):
     def plant(self, fault: str | None) -> None:
         self._fault = fault
 
-    def hand_over(self, version, canary):
+    def hand_over(self, version):
         changes = {"swap_experts": self._swap, "stale_tensor": self._stale}
         change = changes.get(self.__dict__.get("_fault"), self._keep)
-        return change(super().hand_over(version, canary))
+        return change(super().hand_over(version))
 
     def _keep(self, sent: HandOver) -> HandOver:
         self._kept = ray.get(sent.buffer).copy()
@@ -55,7 +55,7 @@ def _repacked(sent: HandOver, change) -> HandOver:
     change(tensors)
     digests = {name: digest(data) for name, data in tensors.items()}
     manifest = WeightManifest(sent.manifest.version, sent.manifest.tensors, digests)
-    return HandOver(manifest, ray.put(buffer), sent.canary)
+    return HandOver(manifest, ray.put(buffer))
 
 
 class PlantedEngine(RolloutWorker):

@@ -114,7 +114,7 @@ def test_hub_name_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"nobody/nothing: neither a file here nor .* split `train`"):
+    with pytest.raises(ValueError, match=r"nobody/nothing: neither a file here nor .*\{'split': 'train'\}"):
         load_rows(DataConfig(path="nobody/nothing"), tmp_path)
 
 
@@ -122,8 +122,8 @@ def test_hub_datasets_are_loaded_through_datasets(tmp_path):
     # `datasets` loads a directory of files as it loads a hub name.
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder" / "test.jsonl", ROWS)
-    assert load_rows(DataConfig(path="folder", split="test", limit=1), tmp_path) == ROWS[:1]
-    with pytest.raises(ValueError, match=r"folder: .* split `train`"):
+    assert load_rows(DataConfig(path="folder", args={"split": "test"}, limit=1), tmp_path) == ROWS[:1]
+    with pytest.raises(ValueError, match=r"folder: .*\{'split': 'train'\}"):
         load_rows(DataConfig(path="folder"), tmp_path)
 
 

@@ -181,6 +181,18 @@ def test_a_step_in_bfloat16_stays_within_its_own_limits(train: str, rollout: str
     assert engine.precision == "bfloat16"
     assert all(1e-4 < step["handover/canary"] < 0.5 and 0 < step["mismatch/k3"] < 0.1 for step in done)
     assert all(np.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in done)
+    assert all(step["mismatch/experts"] > 0 for step in done)
+
+
+def test_with_routing_replay_every_token_is_trained_with_the_experts_that_sampled_it() -> None:
+    engine = start("bfloat16", routing_replay=True)
+    try:
+        begin(engine, config(kl=0.01))
+        done = run_steps(engine, config(kl=0.01, updates_per_batch=2, correction={"token_mask": (0.5, 5.0)}))
+    finally:
+        engine.close()
+    assert all(step["mismatch/experts"] == 0 and 0 < step["mismatch/k3"] < 0.1 for step in done)
+    assert all(0 <= step["mismatch/corrected"] < 1 for step in done)
 
 
 def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine) -> None:

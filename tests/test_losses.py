@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from alignment.advantages import group_advantages
 from alignment.config import OptimizerConfig
-from alignment.losses import grpo_loss, k3, sft_loss
+from alignment.losses import Correction, grpo_loss, k3, sft_loss
 from alignment.protocols import LossInputs
 from alignment.schedule import learning_rate
 
@@ -36,7 +37,7 @@ def test_grpo_clips_only_where_clipping_is_pessimistic() -> None:
     # ratio 1.5: clipped at 1.2 where A > 0, not where A < 0; ratio 0.5: at 0.8 where A < 0, not where A > 0.
     up, down = math.log(1.5), math.log(0.5)
     given = inputs([up, up, down, down], [0, 0, 0, 0], [2.0, -2.0, 2.0, -2.0], [0.1, 0.2, 0.3, 0.4])
-    outputs = grpo_loss(given, clip_low=0.2, clip_high=0.2, kl=0.0)
+    outputs = grpo_loss(given, clip=(0.2, 0.2), kl=0.0)
     outputs.loss.backward()
     expected = -(0.1 * 1.2 * 2 + 0.2 * 1.5 * -2 + 0.3 * 0.5 * 2 + 0.4 * 0.8 * -2)
     assert outputs.loss.item() == pytest.approx(expected)
@@ -47,12 +48,12 @@ def test_grpo_clips_only_where_clipping_is_pessimistic() -> None:
 
 def test_grpo_clip_high_moves_the_upper_bound_alone() -> None:
     given = inputs([math.log(1.25), math.log(0.75)], [0, 0], [1.0, -1.0], [1.0, 1.0])
-    assert grpo_loss(given, clip_low=0.2, clip_high=0.28, kl=0.0).loss.item() == pytest.approx(-1.25 + 0.8)
+    assert grpo_loss(given, clip=(0.2, 0.28), kl=0.0).loss.item() == pytest.approx(-1.25 + 0.8)
 
 
 def test_on_policy_the_ratio_is_one_and_its_gradient_is_the_policy_gradient() -> None:
     given = inputs([-1.0, -2.0], [-1.0, -2.0], [0.7, -1.3], [0.5, 0.5])
-    loss = grpo_loss(given, clip_low=0.2, clip_high=0.2, kl=0.0).loss
+    loss = grpo_loss(given, clip=(0.2, 0.2), kl=0.0).loss
     loss.backward()
     assert loss.item() == pytest.approx(-0.5 * (0.7 - 1.3))
     assert given.logprobs.grad.tolist() == pytest.approx([-0.5 * 0.7, 0.5 * 1.3])
@@ -61,13 +62,39 @@ def test_on_policy_the_ratio_is_one_and_its_gradient_is_the_policy_gradient() ->
 def test_the_kl_term_is_k3_towards_the_reference() -> None:
     # log p = -1, log p_ref = -1.5: x = -0.5, k3 = exp(-0.5) + 0.5 - 1
     given = inputs([-1.0], [-1.0], [0.0], [2.0], reference=[-1.5])
-    outputs = grpo_loss(given, clip_low=0.2, clip_high=0.2, kl=0.1)
+    outputs = grpo_loss(given, clip=(0.2, 0.2), kl=0.1)
     outputs.loss.backward()
     value = math.exp(-0.5) + 0.5 - 1
     assert outputs.sums["kl"].item() == pytest.approx(2 * value)
     assert outputs.loss.item() == pytest.approx(2 * 0.1 * value)
     # d k3 / d log p = -(exp(x) - 1)
     assert given.logprobs.grad.item() == pytest.approx(2 * 0.1 * (1 - math.exp(-0.5)))
+
+
+@pytest.mark.parametrize(
+    ("correction", "factors", "outside"),
+    [
+        (Correction(0, 1.5, sequence=False, mask=False), [1.2, 1.5, 0.5], [0, 1, 0]),  # TIS
+        (Correction(0, 1.5, sequence=False, mask=True), [1.2, 0.0, 0.5], [0, 1, 0]),  # MIS
+        (Correction(0.8, 1.5, sequence=False, mask=True), [1.2, 0.0, 0.0], [0, 1, 1]),  # IcePop
+        (Correction(0, 3.0, sequence=True, mask=False), [2.4, 2.4, 0.5], [0, 0, 0]),
+        (Correction(0, 2.0, sequence=True, mask=True), [0.0, 0.0, 0.5], [1, 1, 0]),
+    ],
+)
+def test_importance_correction_weighs_the_policy_term_alone(correction, factors, outside) -> None:
+    # p_trainer / p_sampler 1.2 and 2 in row 0, 0.5 in row 1
+    given = inputs([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [1.0, -2.0, 0.5], [0.1, 0.2, 0.3], reference=[-1.5, -2, -3])
+    ratios = torch.tensor([1.2, 2.0, 0.5], dtype=torch.float64)
+    given = dataclasses.replace(given, sampler_logprobs=given.old_logprobs - ratios.log(), rows=torch.tensor([0, 0, 1]))
+    outputs = grpo_loss(given, clip=(0.2, 0.2), kl=0.1, correction=correction)
+    outputs.loss.backward()
+    kl = math.exp(-0.5) + 0.5 - 1
+    expected = -(0.1 * factors[0] * 1.0 + 0.2 * factors[1] * -2.0 + 0.3 * factors[2] * 0.5) + 0.1 * 0.1 * kl
+    assert outputs.loss.item() == pytest.approx(expected)
+    gradient = [-0.1 * factors[0] + 0.1 * 0.1 * (1 - math.exp(-0.5)), 0.2 * factors[1] * 2.0, -0.3 * factors[2] * 0.5]
+    assert given.logprobs.grad.tolist() == pytest.approx(gradient)
+    share = 0.1 * outside[0] + 0.2 * outside[1] + 0.3 * outside[2]
+    assert outputs.sums["mismatch/corrected"].item() == pytest.approx(share)
 
 
 def test_k3_is_zero_only_at_zero_and_never_negative() -> None:

@@ -55,11 +55,12 @@ def reference_logprobs(model, item, temperature: float) -> torch.Tensor:
 @pytest.mark.parametrize("max_nodes", [1000, 9, 4])
 def test_trees_give_every_sequence_its_own_logprobs_and_gradients(name: str, max_nodes: int) -> None:
     torch.manual_seed(0)
-    config = copy.deepcopy(MODELS[name])  # a model writes its attention into the configuration it is given
-    if name != "llama":
-        MODELS[name]._experts_implementation = config._experts_implementation = "eager"  # grouped_mm has no float64
-    eager = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
-    tree = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation=TREE_ATTENTION, dtype=torch.float64)
+    # A model writes its attention into the configuration it is given; grouped_mm has no float64.
+    configs = [copy.deepcopy(MODELS[name]) for _ in range(2)]
+    for config in configs[: 2 * (name != "llama")]:
+        config._experts_implementation = "eager"
+    eager = AutoModelForCausalLM.from_config(configs[0], attn_implementation="eager", dtype=torch.float64)
+    tree = AutoModelForCausalLM.from_config(configs[1], attn_implementation=TREE_ATTENTION, dtype=torch.float64)
     tree.load_state_dict(eager.state_dict())
     items = [item for group in GROUPS for item in group]
     expected = [reference_logprobs(eager, item, 0.7) for item in items]

@@ -135,7 +135,7 @@ def test_grpo_loss_equals_trl(trl_grpo, folder, normalize: str, loss_type: str, 
     capture = Capture(folder)
     config = GRPOConfig(
         prompts={"path": "x.jsonl"}, rewards=[{"function": "m:f"}], steps=1, prompts_per_step=P, completions=G,
-        clip=0.2, clip_high=0.28, kl=kl, normalize=normalize,
+        clip=(0.2, 0.28), kl=kl, normalize=normalize,
     )  # fmt: skip
     (rows,) = grpo_minibatches(groups, config)
     plain = [RankRow(trajectories[row.trajectory.index], row.group, row.advantage, row.weight) for row in rows]
@@ -165,7 +165,7 @@ def test_grpo_loss_equals_trl(trl_grpo, folder, normalize: str, loss_type: str, 
     theirs = trainer._compute_loss(trainer.model, batch)
     theirs.backward()
 
-    loss = partial(grpo_loss, clip_low=0.2, clip_high=0.28, kl=kl)
+    loss = partial(grpo_loss, clip=(0.2, 0.28), kl=kl)
     stats = capture.update(resolved, loss, learning_rate=0.0, temperature=TEMPERATURE, max_grad_norm=1.0)
     assert stats.sums["loss"] == pytest.approx(theirs.item(), abs=1e-6)
     assert_same_gradients(capture.gradients, trainer.model)

@@ -81,6 +81,31 @@ def test_seeds_repeat_in_any_company(host: EngineHost) -> None:
     assert said(other_seed[0]) != said(together[0])
 
 
+def own_routes(model: PreTrainedModel, token_ids: np.ndarray) -> np.ndarray:
+    """[T, L, K] the experts that Transformers' routers choose, in ascending order."""
+    chosen: list[torch.Tensor] = []
+    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+    hooks = [router.register_forward_hook(lambda module, args, out: chosen.append(out[2])) for router in routers]
+    with torch.no_grad():
+        model(torch.tensor(token_ids[None], dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen, 1).sort(-1).values.numpy()
+
+
+def test_routes_are_those_of_transformers_also_of_cached_prefixes(host: EngineHost, reference: PreTrainedModel) -> None:
+    """Twice: what the second round reads from the cache keeps the experts of the first; and after a hand-over."""
+    requests = [Request(PROMPTS[i % 8], 12, seed=i) for i in range(40)]
+    other = tiny.random_model(tiny.qwen3_moe_config(), seed=5)
+    for model, version in ((reference, None), (reference, None), (other, 2), (reference, 3)):
+        if version is not None:
+            host.call(lambda engine, *weights: engine.update_weights(*weights), *tiny.pack(model, version))
+        for sample in host.call(generate, requests):
+            token_ids, routes = sample.trajectory.token_ids, sample.trajectory.routes
+            assert routes.shape == (len(token_ids) - 1, 2, 2) and routes.dtype == np.int16
+            np.testing.assert_array_equal(np.sort(routes, -1), own_routes(model, token_ids)[:-1])
+
+
 @pytest.mark.slow
 def test_seeds_repeat_in_another_process_that_read_the_weights_from_disk(host: EngineHost) -> None:
     config = RolloutConfig(max_length=512, max_num_seqs=32, memory=0.25)

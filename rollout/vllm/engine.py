@@ -22,7 +22,11 @@ from rollout.sampler import Request, Sample, TokenScores
 from rollout.types import Trajectory, VersionSpan
 from rollout.vllm import faults, transfer
 from rollout.vllm.environment import environment, installed
+from rollout.vllm.routes import RouteRecorder
 from rollout.weights import WeightManifest
+
+EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+"""Where configurations say how many routed experts there are; a dense model has none of them."""
 
 
 class VllmEngine:
@@ -42,6 +46,8 @@ class VllmEngine:
                 f"rollout.max_length is {config.max_length}; the model in {model_dir} takes at most"
                 f" {text_config.max_position_embeddings} tokens (max_position_embeddings)"
             )
+        experts = any(hasattr(text_config, name) for name in EXPERTS)
+        options = faults.engine_options(config, installed(), experts)
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._llm = LLMEngine.from_engine_args(
@@ -58,10 +64,14 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=transfer.BACKEND),
                 disable_log_stats=True,
-                **faults.engine_options(config, installed()),
+                **options,
             ),
             usage_context=UsageContext.LLM_CLASS,
         )
+        self._recorder: RouteRecorder | None = None
+        if experts and installed().device == "cpu":
+            (runner,) = self._llm.collective_rpc(lambda worker: worker.model_runner)
+            self._recorder = RouteRecorder(runner, options["block_size"])
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         # Of the weights inside: 0 for those of the model's directory, None when there are none to trust.
         self._version = None if dummy else 0
@@ -132,6 +142,8 @@ class VllmEngine:
         self._llm.collective_rpc("update_weights", kwargs={"update_info": update})
         self._llm.collective_rpc("finish_weight_update")
         faults.forget_prefixes(self._llm)
+        if self._recorder is not None:
+            self._recorder.forget()
         self._version = manifest.version
 
     def _check_weights(self) -> None:
@@ -148,7 +160,7 @@ class VllmEngine:
                 finished, self._tokenizer.decode(token_ids, skip_special_tokens=True), strict=True
             ):
                 text = faults.cut_at_stop(index, output, text, requests[index].stop)
-                samples.append(Sample(index, text, _trajectory(output, version)))
+                samples.append(Sample(index, text, self._trajectory(index, output, version)))
             yield samples
 
     def _run(
@@ -157,6 +169,8 @@ class VllmEngine:
         """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest."""
         if self._llm.has_unfinished_requests():
             raise RuntimeError("this engine is still generating: exhaust or close the earlier iterator first")
+        if self._recorder is not None:
+            self._recorder.begin(prompts, [param.max_tokens for param in params])
         waiting: set[str] = set()
         now = time.time()
         try:
@@ -194,21 +208,24 @@ class VllmEngine:
             skip_clone=True,
         )
 
-
-def _trajectory(output: RequestOutput, version: int) -> Trajectory:
-    completion = output.outputs[0]
-    if completion.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
-    start, end = len(output.prompt_token_ids), len(output.prompt_token_ids) + len(completion.token_ids)
-    loss_mask = np.zeros(end, bool)
-    loss_mask[start:] = True
-    logprobs = np.full(end, np.nan, np.float32)
-    if completion.logprobs is not None:
-        logprobs[start:] = completion.logprobs.logprobs
-    return Trajectory(
-        token_ids=np.array([*output.prompt_token_ids, *completion.token_ids], np.int32),
-        loss_mask=loss_mask,
-        logprobs=logprobs,
-        finish_reason=completion.finish_reason,
-        version_spans=(VersionSpan(version, start, end),),
-    )
+    def _trajectory(self, index: int, output: RequestOutput, version: int) -> Trajectory:
+        completion = output.outputs[0]
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
+        start, end = len(output.prompt_token_ids), len(output.prompt_token_ids) + len(completion.token_ids)
+        loss_mask = np.zeros(end, bool)
+        loss_mask[start:] = True
+        logprobs = np.full(end, np.nan, np.float32)
+        if completion.logprobs is not None:
+            logprobs[start:] = completion.logprobs.logprobs
+        routes = completion.routed_experts
+        if self._recorder is not None:
+            routes = self._recorder.take(index, end)
+        return Trajectory(
+            token_ids=np.array([*output.prompt_token_ids, *completion.token_ids], np.int32),
+            loss_mask=loss_mask,
+            logprobs=logprobs,
+            finish_reason=completion.finish_reason,
+            version_spans=(VersionSpan(version, start, end),),
+            routes=None if routes is None else np.asarray(routes[: end - 1], np.int16),
+        )
