@@ -89,7 +89,7 @@ def patch_vllm(work: Work) -> None:
         dtype=work.dtype,
         enforce_eager=True,
         enable_prefix_caching=True,
-        **faults.engine_options(rollout_config(work), installed()),
+        **faults.engine_options(rollout_config(work), installed(), experts=False),
     )
 
     @torch.no_grad()
