@@ -16,13 +16,9 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
-Pair = tuple[list[int], list[int]]
-"""Token ids of a context and of what follows it."""
 Tokens = tuple[list[int], list[int], int]
 """Token ids of a request's context and continuation, and most new tokens."""
 
-DEFAULT_NEW_TOKENS = 256
-"""What lm-eval gives a task that does not say."""
 NEW_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -46,45 +42,41 @@ class SamplerLM(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Completions as text. Arguments of a request: (context, generation_kwargs)."""
+        tokens = request_tokens(requests, self.tokenizer, self.sampler.max_length)
         batch = []
-        for index, (instance, (context, _, new)) in enumerate(zip(requests, self._tokens(requests), strict=True)):
+        for index, (instance, (context, _, new)) in enumerate(zip(requests, tokens, strict=True)):
             kwargs = instance.args[1]
             until = kwargs.get("until") or ()
-            batch.append(
-                Request(
-                    prompt=np.asarray(context, np.int32),
-                    max_tokens=new,
-                    temperature=temperature(kwargs),
-                    seed=(self.seed * 1_000_003 + index) % 2**32,
-                    stop=tuple(filter(None, [until] if isinstance(until, str) else until)),
-                    logprobs=False,
-                )
+            request = Request(
+                prompt=np.asarray(context, np.int32),
+                max_tokens=new,
+                temperature=temperature(kwargs),
+                seed=(self.seed * 1_000_003 + index) % 2**32,
+                stop=tuple(filter(None, [until] if isinstance(until, str) else until)),
+                logprobs=False,
             )
+            batch.append(request)
         texts = {sample.index: sample.text for sample in self.sampler.generate(batch)}
         return [texts[index] for index in range(len(batch))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(log p of the continuation, whether each token of it is the argmax). Arguments: (context, continuation)."""
-        return self._score([(context, rest) for context, rest, _ in self._tokens(requests)])
+        tokens = request_tokens(requests, self.tokenizer, self.sampler.max_length)
+        return self._score([(context, rest) for context, rest, _ in tokens])
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """log p of each text after the BOS (or end) token, in windows that fit the context. Arguments: (text,)."""
-        documents = [self._windows(instance.args[0]) for instance in requests]
+        documents = []
+        for instance in requests:
+            tokens = self.tokenizer.encode(instance.args[0], add_special_tokens=False)
+            # lm-eval counts the tokens read, not the last one predicted: a window is one longer than it is told.
+            length = self.sampler.max_length - 1
+            windows = get_rolling_token_windows(tokens, _prefix(self.tokenizer), length, context_len=1)
+            documents.append([make_disjoint_window(window) for window in windows])
         scores = iter(self._score([window for document in documents for window in document]))
         return [math.fsum(next(scores)[0] for _ in document) for document in documents]
 
-    def _tokens(self, requests: Sequence[Instance]) -> list[Tokens]:
-        tokens = [request_tokens(instance, self.tokenizer) for instance in requests]
-        check_fits(requests, tokens, self.sampler.max_length)
-        return tokens
-
-    def _windows(self, text: str) -> list[Pair]:
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        # lm-eval counts the tokens read, not the last one predicted: a window is one longer than it is told.
-        windows = get_rolling_token_windows(tokens, _prefix(self.tokenizer), self.sampler.max_length - 1, context_len=1)
-        return [make_disjoint_window(window) for window in windows]
-
-    def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         scores = self.sampler.score([np.asarray(context + rest, np.int32) for context, rest in pairs])
         return [
             (math.fsum(score.logprobs[len(context) :]), bool(score.greedy[len(context) :].all()))
@@ -98,12 +90,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
 
-def request_tokens(instance: Instance, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """What a request asks for.
+def request_tokens(instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
+    """What each request asks for. Raises `ValueError` naming the longest if it does not fit `max_length` tokens.
 
     Context and continuation are encoded as one text, then split: white space at the context's end belongs to the
     continuation (lm-eval's rule). An empty context is the BOS (or end) token.
     """
+    tokens = [_tokens(instance, tokenizer) for instance in instances]
+    needs = [len(context) + len(rest) + new for context, rest, new in tokens]
+    worst = needs.index(max(needs))
+    if needs[worst] > max_length:
+        instance, new = instances[worst], tokens[worst][2]
+        raise ValueError(
+            f"evals.tasks: `{instance.task_name}`, item {instance.doc_id}, needs {needs[worst] - new} tokens for the "
+            f"prompt and {new} for the answer; the context holds {max_length}: raise rollout.max_length, or lower "
+            "evals.max_new_tokens"
+        )
+    return tokens
+
+
+def _tokens(instance: Instance, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     if instance.request_type == "loglikelihood_rolling":  # fits, by its windows
         return [], [], 0
     context, rest = instance.args
@@ -129,8 +135,8 @@ def chat_prompt(
 
 
 def new_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Most new tokens that a task's `generation_kwargs` allow."""
-    return int(next((kwargs[key] for key in NEW_TOKENS_KEYS if kwargs.get(key) is not None), DEFAULT_NEW_TOKENS))
+    """Most new tokens that a task's `generation_kwargs` allow; 256, as lm-eval gives it, for one that does not say."""
+    return int(next((kwargs[key] for key in NEW_TOKENS_KEYS if kwargs.get(key) is not None), 256))
 
 
 def temperature(kwargs: Mapping[str, Any]) -> float:
@@ -141,16 +147,3 @@ def temperature(kwargs: Mapping[str, Any]) -> float:
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
-def check_fits(instances: Sequence[Instance], tokens: Sequence[Tokens], max_length: int) -> None:
-    """Raise `ValueError` naming the longest request if it does not fit `max_length` tokens."""
-    needs = [len(context) + len(rest) + new for context, rest, new in tokens]
-    worst = needs.index(max(needs))
-    if needs[worst] > max_length:
-        instance, new = instances[worst], tokens[worst][2]
-        raise ValueError(
-            f"evals.tasks: `{instance.task_name}`, item {instance.doc_id}, needs {needs[worst] - new} tokens for the "
-            f"prompt and {new} for the answer; the context holds {max_length}: raise rollout.max_length, or lower "
-            "evals.max_new_tokens"
-        )

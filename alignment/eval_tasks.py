@@ -35,8 +35,12 @@ def load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: 
     """
     tasks: dict[str, Task] = {}
     for spec in config.tasks:
-        is_file = spec.endswith((".yaml", ".yml"))
-        found = _file_tasks(base_dir / spec, data_dir) if is_file else _named_tasks(spec)
+        if spec.endswith((".yaml", ".yml")):
+            found = _file_tasks(base_dir / spec, data_dir)
+        elif spec in _index().task_index:
+            found = _load(_index(), spec, f"evals.tasks: `{spec}`")
+        else:
+            raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _index().all_tasks)}")
         if twice := sorted(tasks.keys() & found.keys()):
             raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
         tasks |= found
@@ -98,12 +102,6 @@ def _resolve(files: Any, folders: Sequence[Path], source: Path) -> Any:
 @cache
 def _index() -> TaskManager:
     return TaskManager()
-
-
-def _named_tasks(name: str) -> dict[str, Task]:
-    if name not in _index().task_index:
-        raise ValueError(f"evals.tasks: lm-eval has no task `{name}`{nearest(name, _index().all_tasks)}")
-    return _load(_index(), name, f"evals.tasks: `{name}`")
 
 
 def _load(manager: TaskManager, spec: str | dict[str, Any], source: str) -> dict[str, Task]:

@@ -18,7 +18,7 @@ import numpy as np
 from lm_eval.evaluator import evaluate
 
 from alignment.config import EvalConfig
-from alignment.eval_model import SamplerLM, chat_prompt, check_fits, request_tokens
+from alignment.eval_model import SamplerLM, chat_prompt, request_tokens
 from alignment.eval_tasks import load_tasks
 from alignment.tax import TaskResult
 from rollout.sampler import Sampler
@@ -73,8 +73,7 @@ def check_tasks(
                 fewshot_as_multiturn=config.chat_template,
                 chat_template=partial(chat_prompt, tokenizer) if config.chat_template else None,
             )
-            asked = [request_tokens(instance, tokenizer) for instance in task.instances]
-            check_fits(task.instances, asked, max_length)
+            asked = request_tokens(task.instances, tokenizer, max_length)
             n = len({instance.doc_id for instance in task.instances})
             longest = max(len(context) + len(rest) for context, rest, _ in asked)
             infos.append(TaskInfo(name, n, max(new for *_, new in asked), longest))

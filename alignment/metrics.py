@@ -102,8 +102,7 @@ class Trackers:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log one step; values that are None or NaN are left out."""
-        numbers = {key: plain_number(key, value) for key, value in metrics.items()}
-        present = {key: value for key, value in numbers.items() if value is not None}
+        present = {key: number for key, value in metrics.items() if (number := plain_number(key, value)) is not None}
         for tracker in self._trackers:
             tracker.log(present, step=step)
 

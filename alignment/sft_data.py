@@ -18,9 +18,6 @@ from rollout.types import Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Masked = tuple[list[int], np.ndarray]
-"""Token ids and the bool mask [T] of the completion's, or the assistant's."""
-
 
 def make_sft_rows(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: SFTConfig, source: str
@@ -81,7 +78,7 @@ def _encode_pair(
     where: str,
     tokenizer: PreTrainedTokenizerBase,
     completion_only: bool,
-) -> Masked:
+) -> tuple[list[int], np.ndarray]:
     """Prompt and prompt + completion, tokenised apart: the completion starts where the two diverge (TRL's rule)."""
     chats = {is_chat(row[name], f"{where}, column `{name}`") for name in ("prompt", "completion")}
     if len(chats) > 1:
@@ -96,7 +93,7 @@ def _encode_pair(
 
 def _encode_messages(
     row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
-) -> Masked:
+) -> tuple[list[int], np.ndarray]:
     """A whole chat; the template's `{% generation %}` blocks are the assistant's words."""
     if row.get("conversations") and is_conversational_from_value(row):
         row = maybe_convert_to_chatml(copy.deepcopy(dict(row)))  # it changes the row in place
@@ -111,7 +108,6 @@ def _encode_messages(
 
 
 def _template(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the row's chat template."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
 

@@ -15,16 +15,13 @@ from scipy import optimize, stats
 
 from alignment.files import write_text
 
-RESAMPLES = 10_000
-
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
     """One benchmark, measured once.
 
-    items: [n] ids (or hashes) of the items, in the order they were asked. values: [n] float64, each
-    item's score (1 right, 0 wrong; or any other per-item value, such as F1 or log-likelihood).
-    higher_is_better: False where a smaller value is the better one.
+    items: [n] ids (or hashes) of the items, in the order they were asked. values: [n] float64, each item's score (1
+    right, 0 wrong; or any other per-item value, such as F1). higher_is_better: False where a smaller value is better.
     """
 
     task: str
@@ -36,8 +33,8 @@ class TaskResult:
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.items),) or not self.items:
             raise ValueError(f"{self.name}: {len(self.items)} items but values of shape {self.values.shape}")
-        if not np.isfinite(self.values).all():
-            index = int(np.flatnonzero(~np.isfinite(self.values))[0])
+        if not (finite := np.isfinite(self.values)).all():
+            index = finite.argmin()
             raise ValueError(f"{self.name}: item {index} ({self.items[index]}) has the value {self.values[index]}")
 
     @property
@@ -111,7 +108,7 @@ def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95, seed: 
     interval = stats.bootstrap(
         (differences,),
         np.mean,
-        n_resamples=RESAMPLES,
+        n_resamples=10_000,
         batch=max(1, 2_000_000 // len(differences)),
         confidence_level=confidence,
         method="BCa",
@@ -156,8 +153,8 @@ def detectable_drop(n: int, discordance: float = 0.2) -> float:
 
     Assumes that a share `discordance` of the items flips between two evals, most of them by chance and in both
     directions (0.2 is usual after a stage of training). Zero is outside Tango's interval exactly when
-    (lost - gained) / sqrt(lost + gained) > 1.96. It is the drop that must be *seen*; a true drop of that
-    size is seen half of the time. At least 4 items must flip: math.inf when n < 4.
+    (lost - gained) / sqrt(lost + gained) > 1.96. It is the drop that must be *seen*; a true drop of that size is seen
+    half of the time. At least 4 items must flip: math.inf when n < 4.
     """
     z = float(stats.norm.ppf(0.975))
     flips = max(4, round(discordance * n))

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from alignment.config import GRPOConfig, SFTConfig
 from alignment.metrics import check_trackers
-from recipes.data import StageData, stage_data
+from recipes.data import stage_rows
 from recipes.errors import RecipeError, shorten
 from recipes.plan import plan
-from recipes.schema import LoadedRecipe, Recipe
+from recipes.schema import LoadedRecipe, Recipe, Stage
 from recipes.source import Key
 from recipes.versions import check_versions
 from rewards.loader import check_reward
-from rollout.data import row_texts
+from rollout.data import FILE_SUFFIXES, row_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,47 +43,47 @@ def check(loaded: LoadedRecipe) -> Iterator[RenderableType]:
     yield from check_libraries(loaded, rows)
 
 
-def check_files(loaded: LoadedRecipe) -> dict[Key, Rows]:
-    """See that local files exist and hold the right columns; the rows of each dataset that is a file, by its key.
+def check_files(loaded: LoadedRecipe) -> dict[int, Rows]:
+    """See that local files exist and hold the right columns; the rows of each dataset that is a file, by its stage.
 
     Raises RecipeError. Imports neither torch nor Ray nor vLLM.
     """
     recipe, problems = loaded.recipe, _Problems(loaded)
-    rows: dict[Key, Rows] = {}
+    rows: dict[int, Rows] = {}
     with problems.at(("trackers",)):
         check_trackers(recipe.trackers)
     for key, name in _local_paths(recipe):
         path = recipe.folder / Path(name).expanduser()
         if not path.exists():
             problems.add(key, f"no such file or folder: {path}")
-    for data in stage_data(recipe):
-        if data.is_file:
-            _load(recipe, data, rows, problems)
+    for index, stage in enumerate(recipe.stages):
+        if Path(stage.data.path or "").suffix in FILE_SUFFIXES:  # not a function's, not on the hub
+            _load(recipe, index, rows, problems)
     problems.stop()
     return rows
 
 
-def check_libraries(loaded: LoadedRecipe, rows: Mapping[Key, Rows]) -> Iterator[RenderableType]:
+def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows]) -> Iterator[RenderableType]:
     """Check the data, tokenizer, rewards and eval tasks with the libraries that read them; no model is loaded.
 
     rows: what `check_files` has read. Raises RecipeError.
     """
     recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
-    for data in stage_data(recipe):
-        if data.key not in found:
-            _load(recipe, data, found, problems)
-        if isinstance(data.stage, GRPOConfig) and data.key in found:
-            for index, reward in enumerate(data.stage.rewards):
-                with problems.at((*data.stage_key, "rewards", index)):
-                    check_reward(reward, recipe.folder, set(found[data.key][0]))
+    for index, stage in enumerate(recipe.stages):
+        if index not in found:
+            _load(recipe, index, found, problems)
+        if stage.grpo and index in found:
+            for number, reward in enumerate(stage.grpo.rewards):
+                with problems.at(("stages", index, "grpo", "rewards", number)):
+                    check_reward(reward, recipe.folder, set(found[index][0]))
     problems.stop()
     with problems.at(("model",)):
         tokenizer = _tokenizer(recipe, found, problems)
     problems.stop()
-    tables = [_check_lengths(recipe, found, tokenizer, problems)]
+    tables = [_lengths(recipe, found, tokenizer, problems)]
     if recipe.evals.tasks:
         with problems.at(("evals",)):
-            tables.append(_check_evals(recipe, tokenizer))
+            tables.append(_evals(recipe, tokenizer))
     problems.stop()
     yield from tables
 
@@ -126,61 +125,63 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield ("evals", "tasks", index), task
 
 
-def _load(recipe: Recipe, data: StageData, rows: dict[Key, Rows], problems: _Problems) -> None:
-    with problems.at(data.key):
-        rows[data.key] = data.load(recipe)
-    if isinstance(data.stage, SFTConfig) and data.key in rows:
-        with problems.at(data.stage_key):
-            data.stage.check_schedule(data.stage.total_steps(len(rows[data.key])))
+def _load(recipe: Recipe, index: int, rows: dict[int, Rows], problems: _Problems) -> None:
+    stage = recipe.stages[index]
+    with problems.at(_data_key(index, stage)):
+        rows[index] = stage_rows(recipe, stage)
+    if stage.sft and index in rows:
+        with problems.at(("stages", index, "sft")):
+            stage.sft.check_schedule(stage.sft.total_steps(len(rows[index])))
 
 
-def _tokenizer(recipe: Recipe, rows: Mapping[Key, Rows], problems: _Problems) -> PreTrainedTokenizerBase:
+def _data_key(index: int, stage: Stage) -> Key:
+    """The key that names the file or function of a stage's data."""
+    section = "prompts" if stage.grpo else "data"
+    return ("stages", index, stage.kind, section, "function" if stage.data.path is None else "path")
+
+
+def _tokenizer(recipe: Recipe, rows: Mapping[int, Rows], problems: _Problems) -> PreTrainedTokenizerBase:
     """The policy's tokenizer; the model's own context must hold the recipe's lengths."""
     from alignment.model import load_tokenizer, model_config
 
-    texts = row_texts(chain.from_iterable(rows[data.key] for data in stage_data(recipe)))
+    texts = row_texts(chain.from_iterable(rows[index] for index in range(len(recipe.stages))))
     tokenizer = load_tokenizer(recipe.model, recipe.folder, texts)
     context = model_config(recipe.model, tokenizer, recipe.folder).get_text_config().max_position_embeddings
-    if recipe.rollout.max_length > context:
-        problems.add(("rollout", "max_length"), f"{recipe.rollout.max_length} tokens, the model's context is {context}")
-    for data in stage_data(recipe):
-        if isinstance(data.stage, SFTConfig) and data.stage.max_length > context:
-            message = f"{data.stage.max_length} tokens, the model's context is {context}"
-            problems.add((*data.stage_key, "max_length"), message)
+    lengths: dict[Key, int] = {("rollout",): recipe.rollout.max_length}
+    lengths |= {("stages", i, "sft"): stage.sft.max_length for i, stage in enumerate(recipe.stages) if stage.sft}
+    for key, length in lengths.items():
+        if length > context:
+            problems.add((*key, "max_length"), f"{length} tokens, the model's context is {context}")
     return tokenizer
 
 
-def _check_lengths(
-    recipe: Recipe, rows: Mapping[Key, Rows], tokenizer: PreTrainedTokenizerBase, problems: _Problems
+def _lengths(
+    recipe: Recipe, rows: Mapping[int, Rows], tokenizer: PreTrainedTokenizerBase, problems: _Problems
 ) -> Table:
-    table = Table(
-        "stage", "rows", "tokens on average", "longest", "limit", title=f"Data, with {len(tokenizer):,} token ids"
-    )
-    for stage, data in zip(recipe.stages, stage_data(recipe), strict=True):
-        with problems.at(data.key):
-            lengths, limit = _lengths(recipe, data, rows[data.key], tokenizer)
+    """Tokens of each dataset's rows, and what is done about long ones."""
+    from alignment.sft_data import make_sft_rows
+    from rollout.prompts import check_lengths, make_prompts
+
+    longest = recipe.rollout.max_length
+    table = Table("stage", "rows", "tokens on average", "longest", "limit")
+    table.title = f"Data, with {len(tokenizer):,} token ids"
+    for index, stage in enumerate(recipe.stages):
+        with problems.at(_data_key(index, stage)):
+            if stage.grpo:
+                items = make_prompts(rows[index], tokenizer, stage.source)
+                check_lengths(items, longest, stage.grpo.max_new_tokens, stage.source)
+                limit = f"{longest - stage.grpo.max_new_tokens:,} for a prompt"
+            else:
+                items, counts = make_sft_rows(rows[index], tokenizer, stage.config, stage.source)
+                stage.config.check_schedule(stage.config.total_steps(len(items)))
+                limit = f"{stage.config.max_length:,}: {counts['cut']:,} rows cut, {counts['dropped']:,} left out"
+            lengths = [len(item.token_ids) for item in items]
             mean = sum(lengths) / len(lengths)
             table.add_row(stage.name, f"{len(lengths):,}", f"{mean:,.1f}", f"{max(lengths):,}", limit)
     return table
 
 
-def _lengths(recipe: Recipe, data: StageData, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """Tokens of each row, and what is done about long ones. Raises ValueError for a prompt too long to answer."""
-    from alignment.sft_data import make_sft_rows
-    from rollout.prompts import check_lengths, make_prompts
-
-    if isinstance(data.stage, GRPOConfig):
-        prompts = make_prompts(rows, tokenizer, data.source)
-        check_lengths(prompts, recipe.rollout.max_length, data.stage.max_new_tokens, data.source)
-        room = recipe.rollout.max_length - data.stage.max_new_tokens
-        return [len(prompt.token_ids) for prompt in prompts], f"{room:,} for a prompt"
-    trajectories, counts = make_sft_rows(rows, tokenizer, data.stage, data.source)
-    data.stage.check_schedule(data.stage.total_steps(len(trajectories)))
-    note = f"{data.stage.max_length:,}: {counts['cut']:,} rows cut, {counts['dropped']:,} left out"
-    return [len(row.token_ids) for row in trajectories], note
-
-
-def _check_evals(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Table:
+def _evals(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Table:
     from alignment.evals import check_tasks
     from alignment.tax import detectable_drop
 

@@ -13,8 +13,6 @@ from recipes.errors import RecipeError, shorten
 from recipes.schema import LoadedRecipe, json_schema, load_recipe
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-LOG = "align.log"
-"""File of the run folder that gets the traceback of a failed run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        return COMMANDS[args.command](args)
+        match args.command:
+            case "run":
+                return _run(args)
+            case "check":
+                _print_check(load_recipe(args.recipe, args.overrides))
+            case "report":
+                _print_report(args.folder)
+            case "schema":
+                print(json.dumps(json_schema(), indent=2))
+        return DONE
     except RecipeError as error:
         print(f"align: {error}", file=sys.stderr)
         return WRONG
@@ -46,15 +53,11 @@ def _run(args: argparse.Namespace) -> int:
         raise
     except Exception as error:
         output.mkdir(parents=True, exist_ok=True)
-        with (output / LOG).open("a", encoding="utf-8") as log:
-            traceback.print_exception(error, file=log)
-        print(f"align: {describe(error)}\nThe traceback is in {output / LOG}", file=sys.stderr)
+        log = output / "align.log"
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exception(error, file=file)
+        print(f"align: {describe(error)}\nThe traceback is in {log}", file=sys.stderr)
         return FAILED
-    return DONE
-
-
-def _check(args: argparse.Namespace) -> int:
-    _print_check(load_recipe(args.recipe, args.overrides))
     return DONE
 
 
@@ -68,22 +71,13 @@ def _print_check(loaded: LoadedRecipe) -> None:
         console.print(section)
 
 
-def _report(args: argparse.Namespace) -> int:
+def _print_report(folder: Path) -> None:
     from recipes.report import write_report
 
     try:
-        print(write_report(args.folder))
+        print(write_report(folder))
     except ValueError as error:
         raise RecipeError([str(error)]) from error
-    return DONE
-
-
-def _schema(args: argparse.Namespace) -> int:
-    print(json.dumps(json_schema(), indent=2))
-    return DONE
-
-
-COMMANDS = {"run": _run, "check": _check, "report": _report, "schema": _schema}
 
 
 def describe(error: BaseException) -> str:
@@ -108,27 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run a recipe, or go on where its run stopped")
-    _add_recipe(run)
-    run.add_argument(
-        "--output", type=Path, metavar="DIR", help="run folder (default: runs/NAME below the current folder)"
-    )
-    run.add_argument("--accept-changes", action="store_true", help="go on although the recipe differs from the run's")
-    run.add_argument("--ray", metavar="ADDRESS", help="Ray cluster to run on (default: a local one)")
-
-    check = commands.add_parser("check", help="everything that can be known before a model is loaded")
-    _add_recipe(check)
-
-    report = commands.add_parser("report", help="write a run's report.html again")
-    report.add_argument("folder", type=Path, metavar="DIR", help="the run folder")
-
-    commands.add_parser("schema", help="print the JSON Schema of a recipe, for editors")
-    return parser
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe's YAML file")
-    parser.add_argument(
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe's YAML file")
+    recipe.add_argument(
         "--set",
         dest="overrides",
         nargs="+",
@@ -137,6 +113,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="replace keys of the recipe; values are YAML: rollout.max_length=256 stages.1.grpo.steps=20",
     )
+    run = commands.add_parser("run", parents=[recipe], help="run a recipe, or go on where its run stopped")
+    run.add_argument(
+        "--output", type=Path, metavar="DIR", help="run folder (default: runs/NAME below the current folder)"
+    )
+    run.add_argument("--accept-changes", action="store_true", help="go on although the recipe differs from the run's")
+    run.add_argument("--ray", metavar="ADDRESS", help="Ray cluster to run on (default: a local one)")
+
+    commands.add_parser("check", parents=[recipe], help="everything that can be known before a model is loaded")
+    report = commands.add_parser("report", help="write a run's report.html again")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the run folder")
+    commands.add_parser("schema", help="print the JSON Schema of a recipe, for editors")
+    return parser
 
 
 if __name__ == "__main__":

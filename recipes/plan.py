@@ -9,21 +9,19 @@ from typing import Any
 from rich.table import Table
 
 from alignment.config import GRPOConfig, SFTConfig
-from recipes.data import stage_data
 from recipes.schema import Recipe
-from recipes.source import Key
 
 
-def plan(recipe: Recipe, rows: Mapping[Key, Sequence[Any]]) -> Iterator[Table]:
-    """One table per stage: steps, sequences, updates, tokens and lengths. rows: the datasets read so far, by key."""
+def plan(recipe: Recipe, rows: Mapping[int, Sequence[Any]]) -> Iterator[Table]:
+    """One table per stage: steps, sequences, updates, tokens and lengths. rows: the datasets read so far, by stage."""
     model = f"{recipe.model.init.preset}, random weights" if recipe.model.init else str(recipe.model.path)
-    for index, (stage, data) in enumerate(zip(recipe.stages, stage_data(recipe), strict=True)):
-        start, known = recipe.start_of(index), rows.get(data.key)
+    for index, stage in enumerate(recipe.stages):
+        start, known = recipe.start_of(index), rows.get(index)
         table = Table(show_header=False, title=f"{index + 1}. {stage.name} ({stage.kind})", title_justify="left")
         table.add_row("starts from", start.name if start else model)
-        table.add_row("data", data.source + ("" if known is None else f", {len(known):,} rows"))
-        arithmetic = _grpo if isinstance(data.stage, GRPOConfig) else _sft
-        for name, text in arithmetic(recipe, data.stage, known and len(known)):
+        table.add_row("data", stage.source + ("" if known is None else f", {len(known):,} rows"))
+        arithmetic = _grpo if stage.grpo else _sft
+        for name, text in arithmetic(recipe, stage.config, known and len(known)):
             table.add_row(name, text)
         yield table
 

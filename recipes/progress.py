@@ -109,14 +109,8 @@ def print_tax(rows: Sequence[TaxRow], console: Console, *, before: str = "before
     for name in ("before", "after", "diff", "95% interval", "gained", "lost"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        interval = "–" if math.isnan(row.low) else f"{row.low:+.3f} … {row.high:+.3f}"
-        table.add_row(
-            Text(row.benchmark),
-            f"{row.before:.3f}",
-            f"{row.after:.3f}",
-            Text(f"{row.difference:+.3f}", style={1: "green", -1: "red", 0: ""}[row.verdict]),
-            Text(interval, style="dim"),
-            f"{row.gained:,}",
-            f"{row.lost:,}",
-        )
+        means, flips = (f"{row.before:.3f}", f"{row.after:.3f}"), (f"{row.gained:,}", f"{row.lost:,}")
+        difference = Text(f"{row.difference:+.3f}", style={1: "green", -1: "red", 0: ""}[row.verdict])
+        interval = Text("–" if math.isnan(row.low) else f"{row.low:+.3f} … {row.high:+.3f}", style="dim")
+        table.add_row(Text(row.benchmark), *means, difference, interval, *flips)
     console.print(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,36 +17,20 @@ from recipes.schema import Recipe, difference, resolved
 from recipes.versions import versions
 
 
-@dataclass(frozen=True, slots=True)
 class StageFolder:
-    """`NN-name/` of one stage (00-base: the policy before the first)."""
+    """`NN-name/` of one stage (00-base: the policy before the first).
 
-    path: Path
+    final: a Transformers directory, there when the stage is done. results: of the evals after it, by item; there when
+    they are complete.
+    """
 
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Sampled completions with their rewards."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """What the stage resumes from."""
-        return self.path / "checkpoints"
-
-    @property
-    def final(self) -> Path:
-        """The stage's result: a Transformers directory. It appears whole, when the stage is done."""
-        return self.path / "final"
-
-    @property
-    def results(self) -> Path:
-        """Per-item results of the evals after the stage; there when they are complete."""
-        return self.path / "evals" / "results.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.results = path / "evals" / "results.json"
 
     def save_evals(self, results: list[TaskResult], samples: list[dict[str, Any]]) -> None:
         """Every sample first, the results last: they say that the evals are complete."""
@@ -56,18 +39,24 @@ class StageFolder:
         write_text(self.results.with_name("samples.jsonl"), "".join(lines))
         save_results(self.results, results)
 
-    def load_evals(self) -> list[TaskResult] | None:
-        """The results, if the evals are complete."""
-        return load_results(self.results) if self.results.is_file() else None
+    def load_evals(self) -> list[TaskResult]:
+        """The results; none while the evals are not complete."""
+        return load_results(self.results) if self.results.is_file() else []
 
 
 class RunFolder:
-    """One run's folder; held open (and locked against a second run) while the run goes on."""
+    """One run's folder; held open (and locked against a second run) while the run goes on.
+
+    initial: the policy before the first stage, where the recipe makes it from scratch. base: the evals of that policy.
+    """
 
     def __init__(self, path: Path, recipe: Recipe, *, accept_changes: bool) -> None:
         """Begin or continue a run. Raises RecipeError when the recipe has changed, or another process runs here."""
         self.path = path = path.resolve()  # actors have another working directory, the recipe another base
         path.mkdir(parents=True, exist_ok=True)
+        self.initial = path / "initial"
+        self.tokenizer = path / "tokenizer"
+        self.base = StageFolder(path / "00-base")
         self._lock = _lock(path / ".lock")
         now, kept = resolved(recipe), path / "recipe.yaml"
         if kept.is_file():
@@ -77,20 +66,6 @@ class RunFolder:
                 raise RecipeError([begun, *changes])
         write_text(kept, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
         write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
-
-    @property
-    def initial(self) -> Path:
-        """The policy before the first stage, where the recipe makes it from scratch."""
-        return self.path / "initial"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer of every stage."""
-        return self.path / "tokenizer"
-
-    def base(self) -> StageFolder:
-        """Where the evals before the first stage lie."""
-        return StageFolder(self.path / "00-base")
 
     def stage(self, index: int, name: str) -> StageFolder:
         """Folder of stage `index` (from 0)."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from alignment.config import EvalConfig, GRPOConfig, ModelConfig, SFTConfig, TrackerKind, TrainConfig
 from recipes.errors import RecipeError, shorten
 from recipes.source import Key, Source, read_source
-from rollout.config import Config, RolloutConfig
+from rollout.config import Config, DataConfig, RolloutConfig
 from rollout.functions import nearest
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
@@ -49,6 +49,16 @@ class Stage(Config):
     def name(self) -> str:
         """The stage's name: its kind unless the recipe gives one."""
         return self.config.name or self.kind
+
+    @property
+    def data(self) -> DataConfig:
+        """Where the stage's rows come from."""
+        return self.grpo.prompts if self.grpo else self.config.data
+
+    @property
+    def source(self) -> str:
+        """The name of its dataset in messages."""
+        return str(self.data.path or self.data.function)
 
 
 class Recipe(Config):
@@ -98,23 +108,20 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Every rule that concerns more than one section."""
     longest, budget = recipe.rollout.max_length, recipe.train.tokens_per_rank
     no_room = f"leaves no room for a prompt: `rollout.max_length` is {longest} tokens, prompt and completion together"
-    policies: list[str] = []
-    names: set[str] = set()
+    names: list[str] = []
     for index, stage in enumerate(recipe.stages):
-        key, config = ("stages", index, stage.kind), stage.config
+        key, config, grpo = ("stages", index, stage.kind), stage.config, stage.grpo
         if stage.name in names:
             yield (*key, "name"), f"two stages are called `{stage.name}`: give each its own `name`"
-        reference = config.reference if isinstance(config, GRPOConfig) else None
-        for which, named in (("from", config.from_), ("reference", reference)):
-            if named is not None and named not in policies:
-                yield (*key, which), f"no earlier policy stage is called `{named}`{nearest(named, policies)}"
-        if isinstance(config, GRPOConfig) and config.max_new_tokens >= longest:
+        for which, named in (("from", config.from_), ("reference", grpo and grpo.reference)):
+            if named is not None and named not in names:
+                yield (*key, which), f"no earlier policy stage is called `{named}`{nearest(named, names)}"
+        if grpo and grpo.max_new_tokens >= longest:
             yield (*key, "max_new_tokens"), no_room
-        most = longest if isinstance(config, GRPOConfig) else config.max_length
+        most = longest if grpo else config.max_length
         if most > budget:
-            yield (*key,), f"a sequence of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
-        names.add(stage.name)
-        policies.append(stage.name)
+            yield key, f"a sequence of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
+        names.append(stage.name)
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
         yield ("evals", "max_new_tokens"), no_room
 
@@ -170,8 +177,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors."""
-    schema = Recipe.model_json_schema(by_alias=True)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(by_alias=True)}
 
 
 def _message(found: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -88,11 +89,8 @@ def is_held_out(prompt: str) -> bool:
 def _rows(skill: str, count: int, seed: int, *, held_out: bool, distinct: bool = True) -> list[dict[str, str]]:
     if count < 0:
         raise ValueError(f"{skill}: cannot make {count} rows")
-    problems = _problems(skill, seed, held_out, distinct)
-    rows = [
-        {"prompt": prompt, "completion": f" {answer}", "answer": answer}
-        for _, (prompt, answer) in zip(range(count), problems, strict=False)
-    ]
+    problems = islice(_problems(skill, seed, held_out, distinct), count)
+    rows = [{"prompt": prompt, "completion": f" {answer}", "answer": answer} for prompt, answer in problems]
     if len(rows) < count:
         raise ValueError(f"{skill}: asked for {count} distinct rows, found {len(rows)}; ask for fewer")
     return rows

@@ -117,9 +117,8 @@ def _apply(values: dict[str, Any], origins: dict[Key, str], override: str) -> No
             node = node[part]
         node[key[-1]] = value
     except (IndexError, TypeError):
-        raise ValueError(
-            f"there is no such key in `{shorten(repr(node), 1, 60)}`; items of lists count from 0"
-        ) from None
+        there = shorten(repr(node), 1, 60)
+        raise ValueError(f"there is no such key in `{there}`; items of lists count from 0") from None
     for old in [old for old in origins if old[: len(key)] == key]:
         del origins[old]
     origins[key] = f"--set {override}"

@@ -6,65 +6,40 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from alignment.config import GRPOConfig, SFTConfig
 from alignment.evals import run_evals
-from alignment.grpo import GRPOStep, grpo
+from alignment.grpo import GRPOStep
 from alignment.metrics import MetricsLog, Trackers, plain_number, truncate_after
-from alignment.sft import SFTStep, sft
 from alignment.tax import compare
-from hybrid_engine.checkpoint import latest_checkpoint, prune, step_dir
-from hybrid_engine.engine import HybridEngine
-from recipes import build
+from hybrid_engine.checkpoint import prune, step_dir
+from recipes.build import Run, build_run, build_steps
 from recipes.progress import StageProgress, print_tax
 from recipes.report import write_report
 from recipes.resume import RunFolder, StageFolder, append_samples
 from recipes.schema import Recipe, Stage, resolved
-from rollout.prompts import Stream
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What every stage of a run shares."""
-
-    recipe: Recipe
-    folder: RunFolder
-    inputs: build.Inputs
-    engine: HybridEngine
-    console: Console
-
-
-def run(
-    recipe: Recipe,
-    output_dir: Path,
-    *,
-    accept_changes: bool = False,
-    ray_address: str | None = None,
-    console: Console | None = None,
-) -> Path:
+def run(recipe: Recipe, output_dir: Path, *, accept_changes: bool = False, ray_address: str | None = None) -> Path:
     """Run what is not done yet of `recipe` in `output_dir`; the path of the report.
 
     Raises RecipeError before anything expensive for a recipe that cannot run, KeyboardInterrupt (with everything
     saved) after Ctrl-C, and the first cause of any other failure. No process outlives the call.
     """
-    console = console or Console()
     with ExitStack() as stack:
         folder = RunFolder(output_dir, recipe, accept_changes=accept_changes)
         stack.callback(folder.close)
         if all(_is_done(recipe, folder, index) for index in range(len(recipe.stages))):
             return write_report(output_dir)
-        inputs = build.build_inputs(recipe, folder)
-        console.print(f"starting {recipe.train.world} training rank(s) and {recipe.rollout.replicas} vLLM engine(s)")
-        engine = build.build_engine(recipe, inputs.start, ray_address)
-        stack.callback(engine.close)
-        context = Run(recipe, folder, inputs, engine, console)
-        _evaluate_base(context)
+        context = build_run(recipe, folder, Console(), ray_address)
+        stack.callback(context.engine.close)
+        if recipe.evals.tasks and not folder.base.results.is_file():
+            context.engine.load(context.start, folder.tokenizer, recipe.stages[0].config)
+            _run_evals(context, folder.base)
         for index in range(len(recipe.stages)):
             if not _is_done(recipe, folder, index):
                 _run_stage(context, index)
@@ -79,55 +54,42 @@ def _is_done(recipe: Recipe, folder: RunFolder, index: int) -> bool:
 
 def _run_stage(run: Run, index: int) -> None:
     stage = run.recipe.stages[index]
-    folder = run.folder.stage(index, stage.name)
+    folder = _folder(run, stage)
     if folder.final.is_dir():
-        run.engine.load(folder.final, run.inputs.tokenizer_dir, stage.config)
+        run.engine.load(folder.final, run.folder.tokenizer, stage.config)
     else:
-        reference = _reference(run, index)
-        run.engine.load(_start(run, index), run.inputs.tokenizer_dir, stage.config, reference)
+        start = _final(run, run.recipe.start_of(index))
+        run.engine.load(start, run.folder.tokenizer, stage.config, _reference(run, stage, start))
         _train(run, index, folder)
         run.engine.save_final(folder.final)
     _evaluate(run, index, folder)
-    prune(folder.checkpoints, stage.config.keep_checkpoints)
+    prune(folder.checkpoints, keep=1)
 
 
-def _start(run: Run, index: int) -> Path:
-    """The weights that stage `index` starts from."""
-    return _final(run, run.recipe.start_of(index))
+def _folder(run: Run, stage: Stage | None) -> StageFolder:
+    """Where a stage lies; None: the evals before the first."""
+    return run.folder.stage(run.recipe.stages.index(stage), stage.name) if stage else run.folder.base
 
 
 def _final(run: Run, stage: Stage | None) -> Path:
-    if stage is None:
-        return run.inputs.start
-    return run.folder.stage(run.recipe.stages.index(stage), stage.name).final
+    """The weights that a stage has left; None: those that the run began with."""
+    return _folder(run, stage).final if stage else run.start
 
 
-def _reference(run: Run, index: int) -> Path | None:
-    config = run.recipe.stages[index].config
-    if not isinstance(config, GRPOConfig) or config.kl == 0:
+def _reference(run: Run, stage: Stage, start: Path) -> Path | None:
+    if stage.grpo is None or stage.grpo.kl == 0:
         return None
-    if config.reference is None:
-        return _start(run, index)
-    return _final(run, next(stage for stage in run.recipe.stages if stage.name == config.reference))
+    if stage.grpo.reference is None:
+        return start
+    return _final(run, next(other for other in run.recipe.stages if other.name == stage.grpo.reference))
 
 
 def _train(run: Run, index: int, folder: StageFolder) -> None:
     """The stage's steps, from its newest checkpoint on, with all that surrounds a step: logs, checkpoints, Ctrl-C."""
     stage, recipe = run.recipe.stages[index], run.recipe
-    seed = build.stage_seed(recipe, stage)
     folder.path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if isinstance(stage.config, SFTConfig):
-            stream, counts = build.sft_stream(stage.config, run.inputs, index, seed)
-            run.console.print(f"{stage.name}: {', '.join(f'{value:,} {name}' for name, value in counts.items())}")
-            total = stage.config.total_steps(counts["kept"])
-            first = _resume(run, folder, stream)
-            steps: Iterator[SFTStep | GRPOStep] = sft(run.engine, stream, stage.config, total, first + 1)
-        else:
-            stream = build.prompt_stream(stage.config, run.inputs, index, recipe, seed)
-            scorer = stack.enter_context(build.scorer(stage.config, recipe))
-            total, first = stage.config.steps, _resume(run, folder, stream)
-            steps = grpo(run.engine, stream, stage.config, build.sampling(stage.config, seed), scorer, first + 1)
+        stream, steps, first, total = build_steps(run, index, folder, stack)
         for path in (folder.metrics, folder.samples):
             truncate_after(path, first)
         log = MetricsLog(folder.metrics)
@@ -150,20 +112,9 @@ def _train(run: Run, index: int, folder: StageFolder) -> None:
             if interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < total):
                 extra = {"step": done.step, "stream": stream.state()}
                 run.engine.save_checkpoint(step_dir(folder.checkpoints, done.step), extra)
-                prune(folder.checkpoints, stage.config.keep_checkpoints)
+                prune(folder.checkpoints, keep=1)
             if interrupted:
                 raise KeyboardInterrupt
-
-
-def _resume(run: Run, folder: StageFolder, stream: Stream[Any]) -> int:
-    """Restore the newest checkpoint, if there is one; the number of steps that are done."""
-    checkpoint = latest_checkpoint(folder.checkpoints)
-    if checkpoint is None:
-        return 0
-    extra = run.engine.load_checkpoint(checkpoint)
-    stream.restore(extra["stream"])
-    run.console.print(f"continuing after step {extra['step']} ({checkpoint.name})")
-    return extra["step"]
 
 
 def _samples(done: GRPOStep) -> list[dict[str, Any]]:
@@ -203,32 +154,22 @@ def _finish_step_on_ctrl_c(console: Console) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _evaluate_base(run: Run) -> None:
-    """The evals before the first stage, once."""
-    base = run.folder.base()
-    if run.recipe.evals.tasks and not base.results.is_file():
-        run.engine.load(run.inputs.start, run.inputs.tokenizer_dir, run.recipe.stages[0].config)
-        _run_evals(run, base)
-
-
 def _evaluate(run: Run, index: int, folder: StageFolder) -> None:
     """The evals after a stage, and its tax table: against the policy that it started from."""
     if not run.recipe.evals.tasks:
         return
     _run_evals(run, folder)
     start = run.recipe.start_of(index)
-    before = run.folder.base() if start is None else run.folder.stage(run.recipe.stages.index(start), start.name)
-    rows = compare(before.load_evals() or [], folder.load_evals() or [])
-    name = "base" if start is None else start.name
-    run.folder.add_tax(run.recipe.stages[index].name, name, rows)
-    print_tax(rows, run.console, before=name, after=run.recipe.stages[index].name)
+    rows = compare(_folder(run, start).load_evals(), folder.load_evals())
+    before, after = start.name if start else "base", run.recipe.stages[index].name
+    run.folder.add_tax(after, before, rows)
+    print_tax(rows, run.console, before=before, after=after)
 
 
 def _run_evals(run: Run, folder: StageFolder) -> None:
-    if folder.results.is_file():
-        return
     recipe = run.recipe
-    results, samples = run_evals(
-        recipe.evals, run.engine.sampler, run.inputs.tokenizer, recipe.folder, recipe.seed, recipe.data_folder
-    )
-    folder.save_evals(results, samples)
+    if not folder.results.is_file():
+        results, samples = run_evals(
+            recipe.evals, run.engine.sampler, run.tokenizer, recipe.folder, recipe.seed, recipe.data_folder
+        )
+        folder.save_evals(results, samples)

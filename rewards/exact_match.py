@@ -12,11 +12,6 @@ def exact_match(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
     """1.0 where the completion equals the row's `answer`, surrounding white space aside; else 0.0.
 
     An answer that is no string (a number in the dataset) is compared as Python prints it.
-
-    >>> exact_match(completions=[" 42\\n", "41"], answer=["42", "42"])
-    [1.0, 0.0]
     """
-    return [
-        float(completion_text(completion).strip() == str(gold).strip())
-        for completion, gold in zip(completions, answer, strict=True)
-    ]
+    pairs = zip(completions, answer, strict=True)
+    return [float(completion_text(completion).strip() == str(gold).strip()) for completion, gold in pairs]

@@ -28,15 +28,14 @@ def check_reward(config: RewardConfig, base_dir: Path, columns: Set[str]) -> Non
         raise ValueError(f"{reward} gets {twice[0]!r} in any case: the dataset's column needs another name")
     given = {*PASSED, *passed, *config.args}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [parameter for parameter in signature.parameters.values() if parameter.kind not in variadic]
-    names = [parameter.name for parameter in named]
+    named = {name: parameter for name, parameter in signature.parameters.items() if parameter.kind not in variadic}
     for name in config.args:
-        if name not in names:
-            raise ValueError(f"{reward}: `args` has {name!r}, no parameter of it{nearest(name, names)}")
-    for parameter in named:
-        if parameter.default is parameter.empty and parameter.name not in given:
-            hint = nearest(parameter.name, passed)
-            raise ValueError(f"{reward} needs {parameter.name!r}, neither a column of the dataset nor in `args`{hint}")
+        if name not in named:
+            raise ValueError(f"{reward}: `args` has {name!r}, no parameter of it{nearest(name, named)}")
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in given:
+            hint = nearest(name, passed)
+            raise ValueError(f"{reward} needs {name!r}, neither a column of the dataset nor in `args`{hint}")
     try:
         signature.bind(**dict.fromkeys(sorted(given)))
     except TypeError as error:

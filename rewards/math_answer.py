@@ -11,7 +11,6 @@ from math_verify import parse, verify
 
 from rewards.text import completion_text
 
-GSM8K_MARK = "####"
 LIMIT = 3
 """Seconds for reading an answer (milliseconds, as a rule), and for comparing it: `9^{9^9}` would take hours."""
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns, with the whole text, of every answer it gives up
@@ -30,10 +29,8 @@ def correct(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) ->
     >>> correct(completions=[r"So it is \boxed{\frac{1}{2}}.", "#### 3"], answer=["0.5", "1 + 1 = 2\n#### 2"])
     [1.0, 0.0]
     """
-    return [
-        float(_equal(str(gold), completion_text(completion)))
-        for completion, gold in zip(completions, answer, strict=True)
-    ]
+    pairs = zip(completions, answer, strict=True)
+    return [float(_equal(str(gold), completion_text(completion))) for completion, gold in pairs]
 
 
 @functools.lru_cache(maxsize=4096)  # a group's completions repeat each other, and share the gold answer
@@ -47,5 +44,5 @@ def _equal(gold: str, completion: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _read(text: str) -> list[Any]:
     """math-verify's readings of the answer in `text`; empty when there is none."""
-    _, mark, answer = text.rpartition(GSM8K_MARK)
+    _, mark, answer = text.rpartition("####")
     return parse(answer.strip().partition("\n")[0] if mark else text, parsing_timeout=LIMIT)

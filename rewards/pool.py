@@ -29,15 +29,10 @@ class RewardPool:
 
     A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL. A
     completion to which no function applies has total NaN and leaves its group.
-
     on_error "stop": the future raises RewardError. "mask": the completions at fault have total NaN; the others' rewards
     come from one more call without them, never from calls with one completion alone, whose values a function that
     compares completions would get wrong.
-
-    Scores.extra: columns of `log_extra` (lists of G) and values of `log_metric` (floats of the whole submission); where
-    two functions log one name, the later function's.
-
-    Example: `with RewardPool(stage.rewards, recipe_dir) as pool: scores = pool.submit(groups, {}).result()`.
+    Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission.
     """
 
     def __init__(self, configs: Sequence[RewardConfig], base_dir: Path, max_steps: int = 0) -> None:
@@ -54,10 +49,8 @@ class RewardPool:
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
         """As `Scorer.submit`."""
         batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
-        replies = [
-            thread.submit(_score, config, process, groups, batch)
-            for thread, config, process in zip(self._threads, self._configs, self._processes, strict=True)
-        ]
+        calls = zip(self._threads, self._configs, self._processes, strict=True)
+        replies = [thread.submit(_score, config, process, groups, batch) for thread, config, process in calls]
         return self._sum.submit(_combine, groups, self._configs, replies)
 
     def close(self) -> None:
@@ -95,7 +88,10 @@ def _score(config: RewardConfig, process: WorkerProcess, groups: Sequence[Group]
     if reply.failure is not None:
         faults, tried = _one_by_one(config, process, batch)
     if config.on_error == "stop" and (faults or reply.failure is not None):
-        raise _error(config, groups, reply, faults, tried)
+        error = RewardError(_message(config, groups, reply, faults, tried))
+        if reply.trace:
+            error.add_note(reply.trace)
+        raise error
     if reply.failure is None:
         return reply
     sound = [position for position in range(tried) if position not in faults]
@@ -132,31 +128,22 @@ def _one_by_one(config: RewardConfig, process: WorkerProcess, batch: Batch) -> t
     return faults, len(batch.token_ids)
 
 
-def _error(
-    config: RewardConfig, groups: Sequence[Group], reply: Reply, faults: Mapping[int, str], tried: int
-) -> RewardError:
+def _message(config: RewardConfig, groups: Sequence[Group], reply: Reply, faults: dict[int, str], tried: int) -> str:
     reward = f"reward {config.label!r} ({config.function})"
     places = [(group.prompt.index, position) for group in groups for position in range(len(group.completions))]
     if faults:
         position, cause = min(faults.items())
         row, completion = places[position]
-        message = f"{reward}, dataset row {row} (counted from 0), completion {completion} of its group: {cause}"
-        if reply.failure not in (None, cause):
-            message += f"; the call with all {len(places)} completions: {reply.failure}"
-    else:
-        message = (
-            f"{reward}: the call with all {len(places)} completions failed: {reply.failure}; with one at a time, the "
-            f"first {tried} passed. Look for what depends on the whole batch (its size, state, `timeout`)"
-        )
-    error = RewardError(message)
-    if reply.trace:
-        error.add_note(reply.trace)
-    return error
+        other = reply.failure not in (None, cause)
+        whole = f"; the call with all {len(places)} completions: {reply.failure}" if other else ""
+        return f"{reward}, dataset row {row} (counted from 0), completion {completion} of its group: {cause}{whole}"
+    return (
+        f"{reward}: the call with all {len(places)} completions failed: {reply.failure}; with one at a time, the "
+        f"first {tried} passed. Look for what depends on the whole batch (its size, state, `timeout`)"
+    )
 
 
-def _combine(
-    groups: Sequence[Group], configs: Sequence[RewardConfig], futures: Sequence[Future[Reply]]
-) -> list[Scores]:
+def _combine(groups: Sequence[Group], configs: Sequence[RewardConfig], futures: list[Future[Reply]]) -> list[Scores]:
     replies = [future.result() for future in futures]
     columns = {name: values for reply in replies for name, values in reply.extra.items()}
     metrics = {name: value for reply in replies for name, value in reply.metrics.items()}
@@ -175,7 +162,5 @@ def _combine(
 
 def _total(values: Sequence[float | str | None], configs: Sequence[RewardConfig]) -> float:
     """A completion's weighted sum of what applies (TRL's nansum); NaN where nothing does, or a function failed."""
-    weighted = [
-        config.weight * value for config, value in zip(configs, values, strict=True) if isinstance(value, float)
-    ]
-    return sum(weighted) if weighted and not any(isinstance(value, str) for value in values) else math.nan
+    terms = [config.weight * value for config, value in zip(configs, values, strict=True) if isinstance(value, float)]
+    return sum(terms) if terms and not any(isinstance(value, str) for value in values) else math.nan

@@ -21,12 +21,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rollout.functions import describe_error, load_function
-
-if TYPE_CHECKING:
-    import asyncio
 
 PR_SET_PDEATHSIG = 1
 TRAINER_STATE = {"epoch": 0.0, "global_step": 0, "max_steps": 0, "num_train_epochs": 0, "num_input_tokens_seen": 0,
@@ -127,7 +124,7 @@ def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch)
 
 
 @functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _event_loop() -> Any:
     """One loop for the worker's life, so that the clients an async reward keeps stay usable."""
     import asyncio  # half of a worker's start, and few rewards need it
 

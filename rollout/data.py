@@ -11,11 +11,10 @@ from typing import Any
 from rollout.config import DataConfig
 from rollout.functions import load_function
 
-Row = dict[str, Any]
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def load_rows(config: DataConfig, base_dir: Path, data_dir: Path | None = None) -> list[Row]:
+def load_rows(config: DataConfig, base_dir: Path, data_dir: Path | None = None) -> list[dict[str, Any]]:
     """The rows of a dataset, columns renamed, at most `limit` of them.
 
     A relative path is read from `data_dir` when given, else from `base_dir` (the recipe's folder). A .json file holds
@@ -42,7 +41,7 @@ def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
                 yield from (field for field in fields if field and isinstance(field, str))
 
 
-def _rename(row: Any, columns: Mapping[str, str], where: str) -> Row:
+def _rename(row: Any, columns: Mapping[str, str], where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with columns, got {type(row).__name__}")
     missing = [old for old in columns.values() if old not in row]

@@ -23,17 +23,14 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
 
     Raises ValueError that names spec, file, line and cause: malformed spec, no such file or module, a failing
     import, no such function (the nearest name is offered), something that cannot be called.
-
-    Example: `load_function("./my_rules.py:no_boilerplate", Path("recipes"))`.
     """
     source, _, name = spec.rpartition(":")
     if not source or not name.isidentifier():
         raise ValueError(f"{spec!r} does not name a function: write `module:function` or `file.py:function`")
     path = (base_dir / source).resolve() if source.endswith(".py") else None
     if path is not None and not path.is_file():
-        raise ValueError(
-            f"{spec!r}: no such file: {path}{nearest(path.name, [o.name for o in path.parent.glob('*.py')])}"
-        )
+        others = [other.name for other in path.parent.glob("*.py")]
+        raise ValueError(f"{spec!r}: no such file: {path}{nearest(path.name, others)}")
     try:
         module = importlib.import_module(source) if path is None else _from_file(path)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way, a script may even call exit()
@@ -51,8 +48,7 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name most like `name`, else the known names, else nothing."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
+    if close := difflib.get_close_matches(name, names, n=1):
         return f"; did you mean {close[0]!r}?"
     return f"; it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 

@@ -9,9 +9,8 @@ from markupsafe import Markup
 
 from alignment.files import write_text
 from recipes.progress import format_number, format_seconds, step_tokens
-from recipes.report.charts import half_width
-from recipes.report.curves import stage_charts
-from recipes.report.data import Run, Stage, read_run
+from recipes.report.charts import half_width, stage_charts
+from recipes.report.data import Run, Stage, read_run, shown_text
 
 HERE = Path(__file__).parent
 
@@ -21,16 +20,12 @@ def write_report(run_dir: Path) -> Path:
 
     Raises ValueError when `run_dir` is no run folder or a file in it is damaged.
     """
-    return write_text(run_dir / "report.html", render(read_run(run_dir)))
-
-
-def render(run: Run) -> str:
-    """The page. Every text of the run is escaped by the template."""
+    run = read_run(run_dir)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = format_number
-    return environment.get_template("page.html").render(
+    environment.filters |= {"number": format_number, "text": shown_text}
+    page = environment.get_template("page.html").render(
         run=run,
         facts=_facts(run),
         stages=[(stage, _stage_facts(stage), *stage_charts(stage.metrics)) for stage in run.stages],
@@ -38,15 +33,16 @@ def render(run: Run) -> str:
         script=Markup((HERE / "script.js").read_text(encoding="utf-8")),
         half_width=half_width,
     )
+    return write_text(run_dir / "report.html", page)
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     model = run.recipe.get("model", {})
     started = model.get("path") or (model.get("init") or {}).get("preset")
     seconds = sum(stage.seconds for stage in run.stages)
-    facts = [("model", started), ("seed", run.recipe.get("seed"))]
-    facts += [("time in steps", format_seconds(seconds) if seconds else None)]
-    return [(name, str(value)) for name, value in facts if value is not None]
+    time = format_seconds(seconds) if seconds else None
+    facts = {"model": started, "seed": run.recipe.get("seed"), "time in steps": time}
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
 def _stage_facts(stage: Stage) -> list[str]:

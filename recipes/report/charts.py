@@ -1,4 +1,4 @@
-"""Small static charts as inline SVG. Colours and fonts come from the page's style sheet."""
+"""Small static charts as inline SVG, and which metrics become which. Colours and fonts come from the style sheet."""
 
 from __future__ import annotations
 
@@ -6,15 +6,32 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
 
 from alignment.tax import TaxRow
 from recipes.progress import format_number
+from recipes.report.data import phases
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 150, 48, 8, 8, 20
 BINS = 80
+KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Reward", ("reward/mean",)),
+    ("Loss", ("loss",)),
+    ("Reward spread within groups", ("reward/std",)),
+    ("Groups without signal", ("groups/without_signal",)),
+    ("Completion length, tokens", ("completions/mean_length", "completions/max_length")),
+    ("Cut at the length limit", ("completions/truncated",)),
+    ("KL to the reference", ("kl",)),
+    ("Sampler against trainer", ("mismatch/k3", "mismatch/p99", "mismatch/max")),
+    ("Entropy", ("entropy",)),
+    ("Gradient norm", ("grad_norm",)),
+    ("Learning rate", ("learning_rate",)),
+)
+REWARD_TOTALS = ("reward/mean", "reward/std", "reward/masked")
+LOGARITHMIC = ("mismatch/", "handover/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +42,35 @@ class Chart:
     svg: Markup
     last: str
     legend: tuple[tuple[str, str, int], ...]
+
+
+def stage_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Chart]]:
+    """The charts of a stage, and those of metrics that nobody asks for first. rows: its metrics, one row a step."""
+    keys = dict.fromkeys(key for row in rows for key in row if key != "step")
+    points = {key: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for key in keys}
+    points = {key: values for key, values in points.items() if values}
+    parts = [k for k in points if k.startswith("reward/") and k.count("/") == 1 and k not in REWARD_TOTALS]
+    if len(parts) == 1 and points[parts[0]] == points.get("reward/mean"):
+        parts = []
+    tokens = [k for k in points if k.startswith("tokens/")]
+    first, used = [], {k for k in points if k.startswith("time/")}
+    for title, names in (KNOWN[0], ("Reward by function", parts), *KNOWN[1:], ("Tokens per step", tokens)):
+        chosen = [name for name in names if name in points]
+        used.update(chosen)
+        if chosen:
+            first.append(_lines(title, chosen, points))
+    timed = [(row["step"], phases(row)) for row in rows if phases(row)]
+    if timed:
+        names = dict.fromkeys(name for _, times in timed for name in times)
+        stacked = {name: [(step, times.get(name, 0.0)) for step, times in timed] for name in names}
+        first.append(stack_chart("Time per step", stacked, " s"))
+    rest = [_lines(key, [key], points) for key in points if key not in used and any(value for _, value in points[key])]
+    return first, rest
+
+
+def _lines(title: str, keys: Sequence[str], points: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
+    named = {key.split("/", 1)[-1].replace("_", " "): points[key] for key in keys}
+    return line_chart(title, named, logarithmic=keys[0].startswith(LOGARITHMIC))
 
 
 def line_chart(title: str, series: Mapping[str, Sequence[tuple[int, float]]], *, logarithmic: bool = False) -> Chart:

@@ -29,7 +29,7 @@ class Stage:
     folder: str
     metrics: list[dict[str, Any]]
     planned: int | None
-    samples: list[tuple[int, list[list[dict[str, Any]]]]]
+    samples: list[tuple[int, list[list[Mapping[str, Any]]]]]
     notes: list[str]
 
     @property
@@ -57,23 +57,20 @@ def read_run(run_dir: Path) -> Run:
         raise ValueError(
             f"{run_dir} is no run folder: it has no recipe.yaml; give the folder that `align run --output` wrote"
         )
-    notes: list[str] = []
     recipe = _load(run_dir / "recipe.yaml", yaml.safe_load)
-    versions = tables = None
-    if (run_dir / "versions.json").exists():
-        versions = _load(run_dir / "versions.json", json.loads)
-    else:
+    versions = _load(run_dir / "versions.json", json.loads)
+    tables = _load(run_dir / "tax.json", json.loads)
+    notes = []
+    if versions is None:
         notes.append("versions.json is missing: the versions are not known.")
-    if (run_dir / "tax.json").exists():
-        tables = _load(run_dir / "tax.json", json.loads)
-    else:
+    if tables is None:
         notes.append("tax.json is missing: no benchmark was compared yet (the first table comes after a stage).")
-    planned = [next(iter(stage.items())) for stage in recipe.get("stages", [])]
+    planned = {number: next(iter(stage.items())) for number, stage in enumerate(recipe.get("stages", []), 1)}
     folders = {int(match[1]): p for p in sorted(run_dir.iterdir()) if (match := STAGE.fullmatch(p.name))}
-    for number, (kind, config) in enumerate(planned, 1):
+    for number, (kind, config) in planned.items():
         if number not in folders:
             notes.append(f"Stage {config.get('name') or kind} has not started.")
-    steps = {number: config.get("steps") for number, (_, config) in enumerate(planned, 1)}
+    steps = {number: config.get("steps") for number, (_, config) in planned.items()}
     return Run(
         name=recipe["name"],
         recipe=recipe,
@@ -86,6 +83,9 @@ def read_run(run_dir: Path) -> Run:
 
 
 def _load(path: Path, parser: Callable[[str], Any]) -> Any:
+    """What the file holds; None if there is none."""
+    if not path.exists():
+        return None
     try:
         return parser(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, json.JSONDecodeError) as error:
@@ -102,7 +102,7 @@ def _stage(path: Path, planned: int | None) -> Stage:
     return Stage(path.name, metrics, planned, _choose(samples), notes)
 
 
-def _choose(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[list[dict[str, Any]]]]]:
+def _choose(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[list[Mapping[str, Any]]]]]:
     """A few steps from the first to the last; of each a few prompts; of each the best and the worst completions."""
     by_step: dict[int, dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
@@ -112,17 +112,14 @@ def _choose(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[list[dict
     return [(step, [_extremes(group) for group in list(by_step[step].values())[:SAMPLED_PROMPTS]]) for step in steps]
 
 
-def _extremes(group: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The best two and the worst two, texts as strings; a masked completion, which has no reward, is the worst."""
+def _extremes(group: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The best two and the worst two; a masked completion, which has no reward, is the worst."""
     ranked = sorted(group, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
     half = SAMPLED_COMPLETIONS // 2
-    return [
-        {**row, "prompt": _text(row["prompt"]), "completion": _text(row["completion"])}
-        for row in (ranked if len(ranked) <= SAMPLED_COMPLETIONS else ranked[:half] + ranked[-half:])
-    ]
+    return ranked if len(ranked) <= SAMPLED_COMPLETIONS else ranked[:half] + ranked[-half:]
 
 
-def _text(value: str | list[dict[str, Any]]) -> str:
+def shown_text(value: str | list[dict[str, Any]]) -> str:
     """A string as it is, chat messages with their roles; the middle of a very long one is left out."""
     text = value if isinstance(value, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in value)
     half = LONGEST_TEXT // 2
