@@ -40,6 +40,9 @@ class ModelConfig(Config):
         return self
 
 
+BalanceKey = Literal["expert", "device", "communication", "devices", "limit"]
+
+
 class TrainConfig(Config):
     """The training ranks."""
 
@@ -57,6 +60,8 @@ class TrainConfig(Config):
     """Recompute each layer in the backward pass to save memory."""
     routing_replay: bool = False
     """Compute each sampled token with the experts that the sampler chose for it (R3)."""
+    balance: dict[BalanceKey, float] = Field(default_factory=dict)
+    """DeepSeek-V2's losses, e.g. {expert: 0.003, device: 0.05, communication: 0.02, devices: 4, limit: 2} (D, M)."""
 
     @property
     def world(self) -> int:
@@ -65,6 +70,10 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _experts_lie_over_ranks(self) -> Self:
+        if self.balance.keys() & {"device", "communication"} and not {"devices", "limit"} <= self.balance.keys():
+            raise ValueError("`balance` by device or communication needs `devices` (D) and `limit` (M)")
+        if any(value < 0 for value in self.balance.values()):
+            raise ValueError("`balance` must not be negative")
         if self.world % self.expert:
             raise ValueError(
                 f"`expert` ({self.expert}) does not divide the {self.world} ranks of `replicate` x `shard`"
@@ -118,9 +127,7 @@ class StageConfig(OptimizerConfig):
     from_: str | None = Field(None, alias="from")
     """Stage whose final weights this one starts from (default: the last policy stage, else the model)."""
     checkpoint_every: int = Field(50, ge=1)
-    """Steps between checkpoints from which the run can resume."""
-    keep_checkpoints: int = Field(1, ge=1)
-    """How many of the newest checkpoints stay on disk while the stage runs."""
+    """Steps between checkpoints from which the run can resume; the newest is kept until the stage has ended."""
 
 
 class SFTConfig(StageConfig):

@@ -135,4 +135,6 @@ def _merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
             merged[name] = float(sum(values))
         else:
             merged[name] = max(values) if name == "mismatch/max" else float(np.mean(values))
+    if "mismatch/experts" in updates[0]:  # later updates' routers have moved away from those that sampled
+        merged["mismatch/experts"] = updates[0]["mismatch/experts"]
     return merged

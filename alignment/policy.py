@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from alignment.balance import Load
 from alignment.logprobs import TokenLogprobs, token_logprobs, tree_logits
 from alignment.losses import k3
 from alignment.protocols import Loss, LossInputs
@@ -36,7 +39,7 @@ class UpdateStats:
 
     sums: sums over tokens that add up over ranks. tokens: loss-carrying tokens. nodes: tokens computed.
     mismatch: [tokens] float32, trainer's old log-probability minus the sampler's (empty when nothing was sampled; NaN
-    where the sampler gave none, which no limit lets pass).
+    where the sampler gave none, which no limit lets pass). load: how the rank's tokens were routed; None if dense.
     """
 
     sums: Mapping[str, float]
@@ -44,6 +47,7 @@ class UpdateStats:
     nodes: int
     mismatch: np.ndarray
     grad_norm: float = 0.0
+    load: Load | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +68,8 @@ class RankPolicy:
     after_forward: Callable[[], None]
     routing: Routing | None = None
     _sums: dict[str, float] = field(default_factory=dict)
+    _balance: torch.Tensor | None = None
+    _load: Load | None = None
 
     def update(
         self,
@@ -77,6 +83,8 @@ class RankPolicy:
         """One optimiser step on the sum of `loss` over the rows of all ranks."""
         batches = self._micro_batches(rows)
         self._sums = {"loss": 0.0, "entropy": 0.0}
+        self._balance = self._balance_weights(batches, temperature)
+        self._load = None
         mismatch = []
         for i, batch in enumerate(batches):
             self.last_micro_batch(i == len(batches) - 1)
@@ -92,17 +100,43 @@ class RankPolicy:
             nodes=sum(len(batch.token_ids) for batch in batches),
             mismatch=np.concatenate(mismatch),
             grad_norm=grad_norm,
+            load=self._load,
         )
+
+    @torch.no_grad()
+    def _balance_weights(self, batches: Sequence[MicroBatch], temperature: float) -> torch.Tensor | None:
+        """[L, E] what an expert's summed affinity weighs in this update: counts are of all ranks' whole batches, which
+        a forward pass must find out first."""
+        if self.routing is None or self.routing.balance is None:
+            return None
+        loads = []
+        for batch in batches:
+            self._compute(batch, temperature)
+            loads.append(self.routing.load())
+        self.after_forward()
+        load = reduce(add, loads)
+        if dist.is_initialized():
+            for tensor in (load.chosen, load.sent, load.tokens):
+                dist.all_reduce(tensor)
+        return self.routing.balance.weights(load) / load.tokens
 
     def _backward(self, rows: Sequence[RankRow], batch: MicroBatch, loss: Loss, temperature: float) -> np.ndarray:
         computed = self._compute(batch, temperature)
         inputs, sampler_C = self._loss_inputs(rows, batch, computed.logprobs)
         outputs = loss(inputs)
-        outputs.loss.backward()
+        objective = outputs.loss
+        if self._balance is not None:
+            balance = (self._balance * self.routing.affinities()).sum()
+            objective = objective + balance
+            self._add("balance", balance)
+        objective.backward()
         self._add("loss", outputs.loss)
         self._add("entropy", computed.entropies.sum())
-        if batch.routes is not None and self.routing is not None:
-            self._add("mismatch/experts", self.routing.differing())
+        if self.routing is not None:
+            load, differing = self.routing.load(), self.routing.differing()
+            self._load = load if self._load is None else self._load + load
+            if differing is not None:
+                self._add("mismatch/experts", differing)
         for name, value in outputs.sums.items():
             self._add(name, value)
         if np.isnan(sampler_C).all():
@@ -111,8 +145,7 @@ class RankPolicy:
 
     def _compute(self, batch: MicroBatch, temperature: float) -> TokenLogprobs:
         if self.routing is not None:
-            known = batch.routes is not None
-            self.routing.start(torch.from_numpy(batch.routes).to(self.model.device).long() if known else None)
+            self.routing.start(batch, self.model.device)
         return token_logprobs(self.model, batch, temperature)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -151,7 +184,7 @@ class RankPolicy:
     def next_token_logprobs(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """log p(next token | prompt) at temperature 1: float32 [prompts, V]."""
         if self.routing is not None:
-            self.routing.start(None)
+            self.routing.stop()
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         last = np.cumsum(lengths) - 1
         batch = MicroBatch(
@@ -163,6 +196,8 @@ class RankPolicy:
             targets=last,
             edges=last,
             rows=last,
+            copies=np.ones_like(lengths.repeat(lengths)),
+            routes=None,
         )
         logprobs = torch.log_softmax(tree_logits(self.model, batch, last).float(), dim=-1).cpu().numpy()
         self.after_forward()
@@ -227,7 +262,7 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     `loss` and the loss's own sums as they add up; `entropy` (nats, mean over tokens); `grad_norm`; `tokens/loss`,
     `tokens/computed`. Where the rows were sampled: `mismatch/k3` (KL from sampler to trainer, mean over tokens),
     `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|), `mismatch/experts` (share of the computed
-    tokens whose experts differ from the sampler's).
+    tokens whose experts differ from the sampler's). Of a MoE: `experts/*` as `Load.metrics` says.
     """
     names = {name for rank in ranks for name in rank.sums}
     metrics = {name: sum(rank.sums[name] for rank in ranks if name in rank.sums) for name in sorted(names)}
@@ -236,6 +271,9 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     metrics["grad_norm"] = ranks[0].grad_norm
     metrics["tokens/loss"] = tokens
     metrics["tokens/computed"] = sum(rank.nodes for rank in ranks)
+    loads = [rank.load for rank in ranks if rank.load is not None]
+    if loads:
+        metrics |= reduce(add, loads).metrics()
     if "mismatch/experts" in metrics:
         metrics["mismatch/experts"] /= metrics["tokens/computed"]
     difference = np.concatenate([rank.mismatch for rank in ranks])

@@ -27,6 +27,7 @@ class Tree:
     token_ids, positions, ends: [N] int64; ends is one past the last node of the subtree.
     sources, targets: [C] int64, token c is `targets[c]`, predicted from node `sources[c]`.
     rows: [C] int64, index of the token's sequence among those given to `plant`.
+    copies: [N] int64, how many of the sequences run through each node.
     routes: [N, L, K] int16 experts of each node as the sampler chose them, or None.
     """
 
@@ -36,6 +37,7 @@ class Tree:
     sources: np.ndarray
     targets: np.ndarray
     rows: np.ndarray
+    copies: np.ndarray
     routes: np.ndarray | None
 
     @property
@@ -88,6 +90,7 @@ class _Branch:
         self._rows: list[np.ndarray] = []
         self._last: np.ndarray | None = None  # what the newest sequence read
         self._path = np.empty(0, np.int64)  # and its nodes
+        self._paths: list[np.ndarray] = []
         self._closed: list[tuple[np.ndarray, int]] = []
 
     def _shared(self, read: np.ndarray) -> int:
@@ -109,6 +112,7 @@ class _Branch:
             self._routes.append(trajectory.routes[shared:])
         self._positions.append(np.arange(shared, len(read)))
         self._path = np.concatenate([self._path[:shared], new])
+        self._paths.append(self._path)
         self._last = read
         self.size += len(new)
         spoken = np.flatnonzero(trajectory.loss_mask[1:])
@@ -127,6 +131,7 @@ class _Branch:
             sources=np.concatenate(self._sources),
             targets=np.concatenate(self._targets),
             rows=np.concatenate(self._rows),
+            copies=np.bincount(np.concatenate(self._paths), minlength=self.size),
             routes=np.concatenate(self._routes) if self._routes else None,
         )
 
@@ -137,7 +142,8 @@ class MicroBatch:
 
     token_ids, positions, ends: [N]. lengths: [R] nodes per tree, longest first.
     sources, targets: [M] each distinct edge once. edges: [C] index into M of every loss-carrying token.
-    rows: [C] the token's row; tokens of a row are in order. routes: [N, L, K] int16 experts to replay, or None.
+    rows: [C] the token's row; tokens of a row are in order. copies: [N] sequences through each node.
+    routes: [N, L, K] int16 experts that the sampler chose, or None.
     """
 
     token_ids: np.ndarray
@@ -148,7 +154,8 @@ class MicroBatch:
     targets: np.ndarray
     edges: np.ndarray
     rows: np.ndarray
-    routes: np.ndarray | None = None
+    copies: np.ndarray
+    routes: np.ndarray | None
 
 
 def pack(trees: Sequence[Tree], max_nodes: int) -> list[MicroBatch]:
@@ -167,7 +174,7 @@ def pack(trees: Sequence[Tree], max_nodes: int) -> list[MicroBatch]:
 def empty_micro_batch(token_id: int = 0) -> MicroBatch:
     """One node that predicts nothing: what a rank computes when the others have more micro-batches than it has."""
     none, one = np.empty(0, np.int64), np.ones(1, np.int64)
-    return MicroBatch(one * token_id, one * 0, one, one, none, none, none, none)
+    return MicroBatch(one * token_id, one * 0, one, one, none, none, none, none, one * 0, None)
 
 
 def _join(trees: Sequence[Tree]) -> MicroBatch:
@@ -186,5 +193,6 @@ def _join(trees: Sequence[Tree]) -> MicroBatch:
         targets=pairs % base,
         edges=edges.reshape(-1),
         rows=np.concatenate([tree.rows for tree in trees]),
+        copies=np.concatenate([tree.copies for tree in trees]),
         routes=None if trees[0].routes is None else np.concatenate([tree.routes for tree in trees]),
     )

@@ -77,7 +77,7 @@ def bare(work: Work) -> Iterator[Callable[[int], Round]]:
     llm = LLM(
         model=work.model, dtype=work.dtype, enforce_eager=True, max_num_seqs=512, max_model_len=work.max_length + 1,
         enable_prefix_caching=True, logprobs_mode="processed_logprobs",
-        **faults.engine_options(rollout_config(work), installed(), experts=False),
+        **faults.engine_options(rollout_config(work), installed()),
     )  # fmt: skip
 
     def run(step: int) -> Round:

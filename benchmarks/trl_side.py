@@ -89,7 +89,7 @@ def patch_vllm(work: Work) -> None:
         dtype=work.dtype,
         enforce_eager=True,
         enable_prefix_caching=True,
-        **faults.engine_options(rollout_config(work), installed(), experts=False),
+        **faults.engine_options(rollout_config(work), installed()),
     )
 
     @torch.no_grad()

@@ -40,7 +40,8 @@ from rollout.vllm.environment import environment
 from rollout.weights import canary_error
 
 CANARY_LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
-"""Largest |log p_engine - log p_trainer| of a canary token, in nats, that passes; of the less precise of the two."""
+"""Largest |log p_engine - log p_trainer| of a canary token, in nats, that passes; of the less precise of the two (in
+bfloat16 of the median prompt)."""
 
 
 class CanaryError(RuntimeError):
@@ -75,7 +76,7 @@ class HybridEngine:
         }
         self._replicas = {
             f"rollout engine {replica}": _actor(RolloutWorker, _threads(rollout.replicas), environment(rollout)).remote(
-                model_dir, rollout, seed
+                model_dir, rollout, seed, train.routing_replay
             )
             for replica in range(rollout.replicas)
         }
@@ -84,7 +85,7 @@ class HybridEngine:
         wait_all({name: rank.join.remote(address) for name, rank in self._ranks.items()})
         lengths = wait_all({name: replica.max_length.remote() for name, replica in self._replicas.items()})
         self._sampler = ReplicaSampler(self._replicas, self._ranks, lengths[0])
-        self._canary = _canary_prompts(model_dir, lengths[0])
+        self._canary = _canary_prompts(model_dir, lengths[0], 2 if self.precision == "float32" else 9)
 
     # -- a stage -----------------------------------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ class HybridEngine:
             canary = wait_all(expected)[0]
         limit = CANARY_LIMIT[self.precision]
         for name, answer in zip(self._replicas, answers, strict=True):
-            error = canary_error(answer, canary)
+            error = canary_error(answer, canary, median=self.precision != "float32")
             self._metrics["handover/canary"] = max(error, self._metrics.get("handover/canary", 0.0))
             if not error <= limit:
                 raise CanaryError(
@@ -288,7 +289,7 @@ def _actor(cls: type, threads: int, variables: dict[str, str]) -> Any:
     return ray.remote(cls).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_variables})
 
 
-def _canary_prompts(model_dir: Path, max_length: int) -> list[np.ndarray]:
-    """Two fixed random prompts [T] int32, longer than a block of the prefix cache: stale prefixes then show, too."""
+def _canary_prompts(model_dir: Path, max_length: int, count: int = 2) -> list[np.ndarray]:
+    """Fixed random prompts [T] int32, longer than a block of the prefix cache: stale prefixes then show, too."""
     vocabulary = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
-    return list(np.random.default_rng(0).integers(0, vocabulary, (2, min(40, max_length - 1))).astype(np.int32))
+    return list(np.random.default_rng(0).integers(0, vocabulary, (count, min(40, max_length - 1))).astype(np.int32))

@@ -39,7 +39,7 @@ def check_experts(train: TrainConfig, model: PreTrainedModel) -> None:
         kind = model.config.model_type
         raise ValueError(f"train.expert is {train.expert}, but {kind} has no routed experts; set it to 1")
     shard = expert_layout(train).shard
-    for experts, size, _ in (parameter.shape for parameter in parameters):
+    for experts, size, *_ in (parameter.shape for parameter in parameters):
         if experts % train.expert:
             raise ValueError(f"train.expert ({train.expert}) does not divide the model's {experts} routed experts")
         if size % shard:
@@ -75,7 +75,7 @@ def _forward(
     # An id past the last expert stands for none: its column is cut off.
     wanted_NR = torch.zeros(len(ids_NK), ranks + 1, dtype=torch.bool, device=ids_NK.device)
     wanted_NR = wanted_NR.scatter_(1, ids_NK // count, True)[:, :ranks]
-    token_S = wanted_NR.T.nonzero()[:, 1]  # S: tokens to send, rank by rank
+    rank_S, token_S = wanted_NR.T.nonzero(as_tuple=True)  # S: tokens to send, rank by rank
     sent = wanted_NR.sum(0)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=mesh.get_group())
@@ -83,21 +83,34 @@ def _forward(
     arrived_AH = all_to_all_single_autograd(hidden_NH[token_S], *there, mesh)  # A: tokens that arrived
     gates_AK = all_to_all_single_autograd(weights_NK[token_S], *there, mesh)
     ids_AK = all_to_all_single(ids_NK[token_S], *there, mesh) - mesh.get_local_rank() * count
-    row, slot = ((ids_AK >= 0) & (ids_AK < count)).nonzero(as_tuple=True)
-    with _local_parameters(experts):
+    slot, row = ((ids_AK >= 0) & (ids_AK < count)).T.nonzero(as_tuple=True)
+    with _local_parameters(experts) as parameters:
         output = compute(arrived_AH[row], ids_AK[row, slot][:, None], gates_AK[row, slot][:, None])
-    summed_AH = torch.zeros_like(arrived_AH).index_add(0, row, output)
-    returned_SH = all_to_all_single_autograd(summed_AH, *back, mesh)
-    return torch.zeros_like(hidden_NH).index_add(0, token_S, returned_SH)
+        if not len(row):  # a rank without work takes part in the backward's collectives all the same
+            output = output + 0 * (arrived_AH.sum() + gates_AK.sum() + sum(tensor.sum() for tensor in parameters))
+    summed_AH = _add_up(output.float() if output.dtype == torch.bfloat16 else output, row, slot, len(arrived_AH))
+    returned_SH = all_to_all_single_autograd(summed_AH.to(hidden_NH.dtype), *back, mesh)
+    return _add_up(returned_SH, token_S, rank_S, len(hidden_NH))
+
+
+def _add_up(values: torch.Tensor, targets: torch.Tensor, parts: torch.Tensor, size: int) -> torch.Tensor:
+    """[size, H] sums of `values` [S, H] by `targets` [S], one of the sorted `parts` [S] after the other: within one no
+    target comes twice, so the order of every sum is fixed, on CUDA too."""
+    total = values.new_zeros(size, values.shape[1])
+    lengths = torch.bincount(parts).tolist()
+    for value, target in zip(values.split(lengths), targets.split(lengths), strict=True):
+        total = total.index_add(0, target, value)
+    return total
 
 
 @contextmanager
-def _local_parameters(experts: torch.nn.Module) -> Iterator[None]:
+def _local_parameters(experts: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Attributes of the module's own forward: this rank's experts as plain tensors, with the gradient's way back."""
     names = [name for name, _ in experts.named_parameters(recurse=False)]
-    vars(experts).update({name: experts.get_parameter(name).to_local() for name in names})
+    local = {name: experts.get_parameter(name).to_local() for name in names}
+    vars(experts).update(local)
     try:
-        yield
+        yield list(local.values())
     finally:
         for name in names:
             del vars(experts)[name]

@@ -47,11 +47,11 @@ class Finished:
 class RolloutWorker:
     """Calls run one after the other; weights must have arrived before the first sample."""
 
-    def __init__(self, model_dir: Path, config: RolloutConfig, seed: int) -> None:
+    def __init__(self, model_dir: Path, config: RolloutConfig, seed: int, routes: bool) -> None:
         # The import takes seconds and reads environment variables that the actor starts with.
         from rollout.vllm.engine import VllmEngine
 
-        self._engine = VllmEngine(model_dir, config, seed=seed, dummy=True)
+        self._engine = VllmEngine(model_dir, config, seed=seed, dummy=True, routes=routes)
         # References inside a yielded value are not safe from Ray's reference counting until all have fetched them
         # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner keeps those of two batches.
         self._published: deque[list[ray.ObjectRef]] = deque(maxlen=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,9 @@ def shard_model(
         for experts in expert_modules(model):
             spread_experts(experts, meshes.parallel)
             # Over another dimension than the one that the ranks share the experts along: a whole then has no strides.
-            fully_shard(experts, mesh=meshes.experts, shard_placement_fn=lambda _: Shard(1), **options)
+            # Its inputs are cast by the layer; the gate weights among them stay float32, as in every other layout.
+            kept = {"mp_policy": replace(policy, cast_forward_inputs=False)}
+            fully_shard(experts, mesh=meshes.experts, shard_placement_fn=lambda _: Shard(1), **options | kept)
             _sum_gradients(experts)
     for module in (*model.base_model.layers, model):
         fully_shard(module, mesh=meshes.dense, **options)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from alignment.config import OptimizerConfig, TrainConfig
 from alignment.policy import RankPolicy, RankRow, UpdateStats
 from alignment.protocols import Loss, TrainRow
-from alignment.routing import Routing
+from alignment.routing import make_routing
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.loading import load_model
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
@@ -78,7 +78,7 @@ class TrainWorker:
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one."""
         self._packer = self._reference = self._policy = None
         self._policy = self._build(model_dir, optimizer)
-        self._policy.routing = Routing(self._policy.model, replay=self._config.routing_replay)
+        self._policy.routing = make_routing(self._policy.model, self._config)
         if reference_dir is not None:
             self._reference = self._build(reference_dir, optimizer)
             self._reference.model.requires_grad_(False)

@@ -19,7 +19,8 @@ class Request:
     prompt: [T] int32 token ids. max_tokens: most new tokens. temperature: 0 is greedy.
     seed: the request's own; the same seed, prompt and weights give the same completion.
     stop: strings that end the completion (cut from the text); the model's end token always does.
-    ignore_eos: for benchmarks. logprobs: ask for the sampled tokens' log-probabilities.
+    ignore_eos: for benchmarks. logprobs: ask for the sampled tokens' log-probabilities; routes: and for the experts
+    of all tokens, where the engine can tell them.
     """
 
     prompt: np.ndarray
@@ -29,6 +30,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = True
+    routes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ def group_requests(prompts: Sequence[Prompt], places: Sequence[int], sampling: S
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=_seed(sampling.seed, step, place, g),
+            routes=True,
         )
         for prompt, place in zip(prompts, places, strict=True)
         for g in range(sampling.completions)

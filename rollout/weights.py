@@ -55,11 +55,14 @@ def tensor_views(buffer: np.ndarray, tensors: tuple[TensorSpec, ...]) -> Iterato
 TORCH_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
-def canary_error(engine: Sequence[Mapping[int, float]], trainer: np.ndarray) -> float:
+def canary_error(engine: Sequence[Mapping[int, float]], trainer: np.ndarray, *, median: bool = False) -> float:
     """Largest difference between the engine's log-probabilities of each prompt's next token and the trainer's [N, V].
 
+    median: of the prompts, and not the largest of them: low precision sends a token of some prompt to other experts,
+    which is 2 nats off and no fault (seen in bfloat16), while wrong weights show in every prompt.
     Infinite where either is NaN: a difference that is no number must not pass as a small one.
     """
     pairs = zip(engine, trainer, strict=True)
-    differences = [abs(value - row[token]) for top, row in pairs for token, value in top.items()]
-    return float(np.nan_to_num(np.max(differences), nan=np.inf))
+    largest = [np.max([abs(value - row[token]) for token, value in top.items()]) for top, row in pairs]
+    found = [np.nan_to_num(value, nan=np.inf) for value in largest]
+    return float(np.median(found) if median else max(found))

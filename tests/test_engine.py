@@ -181,7 +181,7 @@ def test_a_step_in_bfloat16_stays_within_its_own_limits(train: str, rollout: str
     assert engine.precision == "bfloat16"
     assert all(1e-4 < step["handover/canary"] < 0.5 and 0 < step["mismatch/k3"] < 0.1 for step in done)
     assert all(np.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in done)
-    assert all(step["mismatch/experts"] > 0 for step in done)
+    assert (rollout == "bfloat16") <= all(step["mismatch/experts"] > 0 for step in done)
 
 
 def test_with_routing_replay_every_token_is_trained_with_the_experts_that_sampled_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -115,7 +116,7 @@ def test_replay_computes_with_the_recorded_experts_and_gradients_flow(family: st
         for layer in model.model.layers:
             layer.training = True
     routing = Routing(model, replay=True)
-    routing.start(routes)
+    routing.start(batch, model.device)
     found = token_logprobs(model, batch, 1.0).logprobs
     found.sum().backward()
     assert routing.differing() == 0
@@ -137,12 +138,13 @@ def test_without_replay_differing_tokens_are_counted_and_nothing_changes() -> No
     routes = routes.flip(-1)  # the order of a token's experts means nothing
     routes[3, 1, 0] = (routes[3, 1] + 1).max() % 8 if (routes[3, 1] + 1).max() % 8 not in routes[3, 1] else 7
     routes[5] = -1  # no record
+    batch = dataclasses.replace(batch, routes=routes.numpy().astype(np.int16))
     routing = Routing(model, replay=False)
-    routing.start(routes)
+    routing.start(batch, model.device)
     assert torch.equal(token_logprobs(model, batch, 1.0).logprobs, expected)
     assert routing.differing() == 2
-    routing.start(None)
-    assert torch.equal(token_logprobs(model, batch, 1.0).logprobs, expected) and routing.differing() == 0
+    routing.stop()
+    assert torch.equal(token_logprobs(model, batch, 1.0).logprobs, expected)
 
 
 def test_unknown_experts_are_the_routers_own() -> None:
@@ -150,19 +152,18 @@ def test_unknown_experts_are_the_routers_own() -> None:
     batch = batch_of(sequences(model))
     expected = token_logprobs(model, batch, 1.0).logprobs
     routing = Routing(model, replay=True)
-    routing.start(torch.full(batch.routes.shape, -1))
+    routing.start(dataclasses.replace(batch, routes=np.full_like(batch.routes, -1)), model.device)
     assert torch.equal(token_logprobs(model, batch, 1.0).logprobs, expected)
 
 
 def test_a_record_of_another_model_and_an_unknown_router_are_refused() -> None:
     model = build("deepseek-v2")
     batch = batch_of(sequences(model))
-    routes = torch.from_numpy(batch.routes).long()
     routing = Routing(model, replay=True)
     with pytest.raises(ValueError, match="recorded 1 layers of experts, the trainer has 2"):
-        routing.start(routes[:, :1])
+        routing.start(dataclasses.replace(batch, routes=batch.routes[:, :1]), model.device)
     routers(model)[0].register_forward_hook(lambda module, args, out: (out[0], out[1] * out[1], out[2]), prepend=True)
-    routing.start(routes)
+    routing.start(batch, model.device)
     with pytest.raises(ValueError, match="DeepseekV2TopkRouter computes gate weights in a way"):
         token_logprobs(model, batch, 1.0)
 

@@ -185,3 +185,7 @@ def test_canary_error_is_infinite_for_nan() -> None:
     table = np.log(np.array([[0.25, 0.75], [0.5, 0.5]]))
     assert canary_error([{1: float(table[0, 1])}, {0: float(table[1, 0]) + 0.125}], table) == pytest.approx(0.125)
     assert canary_error([{1: float("nan")}, {0: float(table[1, 0])}], table) == np.inf
+    three = np.concatenate([table, table[:1]])
+    answers = [{1: float(table[0, 1]) + 2.0}, {0: float(table[1, 0]) + 0.25}, {1: float(table[0, 1])}]
+    assert canary_error(answers, three, median=True) == pytest.approx(0.25)
+    assert canary_error([answers[0], {0: float("nan")}, {1: float("nan")}], three, median=True) == np.inf

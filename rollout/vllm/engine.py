@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from vllm import EngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.inputs.engine import tokens_input
@@ -22,7 +22,6 @@ from rollout.sampler import Request, Sample, TokenScores
 from rollout.types import Trajectory, VersionSpan
 from rollout.vllm import faults, transfer
 from rollout.vllm.environment import environment, installed
-from rollout.vllm.routes import RouteRecorder
 from rollout.weights import WeightManifest
 
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
@@ -32,11 +31,20 @@ EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 class VllmEngine:
     """One vLLM engine. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
 
-    seed: of requests without a seed of their own. Raises ValueError for a configuration that this vLLM cannot run,
-    RuntimeError where the process was not started with `environment(config)`.
+    seed: of requests without a seed of their own. routes: the experts of every token are needed, not only welcome.
+    Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
+    started with `environment(config)`.
     """
 
-    def __init__(self, model_dir: str | os.PathLike[str], config: RolloutConfig, *, seed: int = 0, dummy: bool = False):
+    def __init__(
+        self,
+        model_dir: str | os.PathLike[str],
+        config: RolloutConfig,
+        *,
+        seed: int = 0,
+        dummy: bool = False,
+        routes: bool = False,
+    ) -> None:
         unset = {name for name, value in environment(config).items() if os.environ.get(name) != value}
         if unset:
             raise RuntimeError(f"start this process with rollout.vllm.environment.environment(config): {sorted(unset)}")
@@ -46,9 +54,11 @@ class VllmEngine:
                 f"rollout.max_length is {config.max_length}; the model in {model_dir} takes at most"
                 f" {text_config.max_position_embeddings} tokens (max_position_embeddings)"
             )
-        experts = any(hasattr(text_config, name) for name in EXPERTS)
-        options = faults.engine_options(config, installed(), experts)
         self._config = config
+        options = faults.engine_options(config, installed())
+        told = self._tells_routes(text_config, routes)
+        if installed().device == "cuda":
+            options["enable_return_routed_experts"] = told and routes
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
@@ -69,12 +79,30 @@ class VllmEngine:
             usage_context=UsageContext.LLM_CLASS,
         )
         self._recorder: RouteRecorder | None = None
-        if experts and installed().device == "cpu":
+        if told and installed().device == "cpu":
+            from rollout.vllm.routes import RouteRecorder
+
             (runner,) = self._llm.collective_rpc(lambda worker: worker.model_runner)
             self._recorder = RouteRecorder(runner, options["block_size"])
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         # Of the weights inside: 0 for those of the model's directory, None when there are none to trust.
         self._version = None if dummy else 0
+
+    def _tells_routes(self, text_config: PreTrainedConfig, needed: bool) -> bool:
+        """Whether this vLLM can say which experts it chose. Raises ValueError where it cannot and they are needed."""
+        counts = [value for name, value in text_config.to_dict().items() if name in EXPERTS and value is not None]
+        found = installed()
+        cannot = {
+            "the model has no routed experts": max(counts, default=0) < 2,
+            "compiled layers do not tell them on the CPU (rollout.eager is false)": not self._config.eager,
+            "vLLM's CPU build tells them from 0.32 on": found.version < (0, 32),
+        }
+        reasons = [reason for reason, holds in cannot.items() if holds]
+        if found.device == "cuda":
+            reasons = reasons[:1] if max(counts, default=0) < 2 else []
+        if needed and reasons:
+            raise ValueError(f"train.routing_replay needs the experts that vLLM chose: {reasons[0]}")
+        return not reasons
 
     @property
     def max_length(self) -> int:
@@ -153,23 +181,27 @@ class VllmEngine:
     def _samples(self, requests: Sequence[Request], params: list[SamplingParams]) -> Iterator[list[Sample]]:
         version = self._version
         assert version is not None, "update_weights failed between generate() and its first sample"
-        for finished in self._run([request.prompt for request in requests], params):
+        record = any(request.routes for request in requests)
+        for finished in self._run([request.prompt for request in requests], params, record=record):
             token_ids = [output.outputs[0].token_ids for _, output in finished]
             samples = []
             for (index, output), text in zip(
                 finished, self._tokenizer.decode(token_ids, skip_special_tokens=True), strict=True
             ):
                 text = faults.cut_at_stop(index, output, text, requests[index].stop)
-                samples.append(Sample(index, text, self._trajectory(index, output, version)))
+                samples.append(Sample(index, text, self._trajectory(index, output, version, record)))
             yield samples
 
     def _run(
-        self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]
+        self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams], *, record: bool = False
     ) -> Iterator[list[tuple[int, RequestOutput]]]:
-        """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest."""
+        """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest.
+
+        record: the experts of these requests' tokens will be asked for.
+        """
         if self._llm.has_unfinished_requests():
             raise RuntimeError("this engine is still generating: exhaust or close the earlier iterator first")
-        if self._recorder is not None:
+        if self._recorder is not None and record:
             self._recorder.begin(prompts, [param.max_tokens for param in params])
         waiting: set[str] = set()
         now = time.time()
@@ -185,6 +217,8 @@ class VllmEngine:
         finally:
             if waiting:
                 self._llm.abort_request(list(waiting))
+            if self._recorder is not None:
+                self._recorder.end()
 
     def _sampling_params(self, index: int, request: Request) -> SamplingParams:
         room = self.max_length - len(request.prompt)
@@ -208,7 +242,7 @@ class VllmEngine:
             skip_clone=True,
         )
 
-    def _trajectory(self, index: int, output: RequestOutput, version: int) -> Trajectory:
+    def _trajectory(self, index: int, output: RequestOutput, version: int, record: bool) -> Trajectory:
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
@@ -218,9 +252,9 @@ class VllmEngine:
         logprobs = np.full(end, np.nan, np.float32)
         if completion.logprobs is not None:
             logprobs[start:] = completion.logprobs.logprobs
-        routes = completion.routed_experts
-        if self._recorder is not None:
-            routes = self._recorder.take(index, end)
+        routes = None
+        if record:
+            routes = completion.routed_experts if self._recorder is None else self._recorder.take(index, end)
         return Trajectory(
             token_ids=np.array([*output.prompt_token_ids, *completion.token_ids], np.int32),
             loss_mask=loss_mask,

@@ -39,13 +39,10 @@ from rollout.weights import HandoverError
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
-def engine_options(config: RolloutConfig, found: Installed, experts: bool) -> dict[str, Any]:
-    """`EngineArgs` that keep vLLM right on this device, and have it tell the experts that it chose.
-
-    experts: the model has routed ones. Raises ValueError where `mla` cannot be had.
-    """
+def engine_options(config: RolloutConfig, found: Installed) -> dict[str, Any]:
+    """`EngineArgs` that keep vLLM right on this device. Raises ValueError where `mla` cannot be had."""
     if found.device == "cuda":
-        return {"gpu_memory_utilization": config.memory, "enable_return_routed_experts": experts}
+        return {"gpu_memory_utilization": config.memory}
     options: dict[str, Any] = {
         "kv_cache_memory_bytes": int(config.memory * 2**30),
         "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},

@@ -55,6 +55,10 @@ class RouteRecorder:
                 routes[end - self._block : end] = known
         return routes
 
+    def end(self) -> None:
+        """The requests have ended: nothing is recorded until the next begin."""
+        self._starts, self._routes = np.empty(0, np.int64), np.empty((0, 0, 0), np.int16)
+
     def forget(self) -> None:
         """The weights have changed, and the prefix cache is empty."""
         self._blocks.clear()
@@ -78,7 +82,6 @@ class RouteRecorder:
     def _keep_blocks(self, request: int, first: int, last: int) -> None:
         """Blocks of a prompt that this forward pass computed whole: later requests may find them in the cache."""
         prompt, start = self._prompts[request], self._starts[request]
+        last = min(last, len(prompt))
         for end in range(-(-first // self._block) * self._block + self._block, last + 1, self._block):
-            key = prompt[:end].tobytes()
-            if key not in self._blocks:
-                self._blocks[key] = self._routes[start + end - self._block : start + end].copy()
+            self._blocks[prompt[:end].tobytes()] = self._routes[start + end - self._block : start + end].copy()

@@ -1,0 +1,69 @@
+"""Balance of a MoE's load: DeepSeek-V2's three losses (eq. 23-31), and what the load looks like.
+
+Each loss is a sum over experts of (how much they are chosen) x (their mean affinity), and the affinity alone has a
+gradient. So all three together are one weight per expert, made of counts over the whole batch, times its mean affinity
+over the whole batch: micro-batches and ranks add up.
+
+Letters: L layers, E routed experts, D devices (groups of E / D experts), T tokens of the batch, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How a batch was routed. chosen: [L, E] tokens that chose each expert. sent: [L, D] tokens with an expert on each
+    device. tokens: T. All float64, and they add up over micro-batches and ranks."""
+
+    chosen: torch.Tensor
+    sent: torch.Tensor
+    tokens: torch.Tensor
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.chosen + other.chosen, self.sent + other.sent, self.tokens + other.tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """`experts/max_load`: the most loaded expert of any layer over the mean; `experts/entropy`: of the load, over
+        its maximum, mean over layers; `experts/dead`: share of experts that no token chose."""
+        share_LE = self.chosen / self.chosen.sum(-1, keepdim=True).clamp(min=1)
+        entropy_L = torch.special.entr(share_LE).sum(-1)
+        experts = share_LE.shape[-1]
+        return {
+            "experts/max_load": float(share_LE.max() * experts),
+            "experts/entropy": float(entropy_L.mean() / torch.tensor(float(experts)).log()),
+            "experts/dead": float((self.chosen == 0).double().mean()),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Weights alpha_1, alpha_2, alpha_3 of the expert, device and communication losses; `devices`: D, and `limit`: M,
+    the most devices of a token."""
+
+    expert: float
+    device: float
+    communication: float
+    devices: int
+    limit: int
+
+    def weights(self, load: Load) -> torch.Tensor:
+        """[L, E] float64: the losses are the sum of these times the mean affinities P_i of the same tokens."""
+        layers, experts = load.chosen.shape
+        f = load.chosen * experts / load.chosen.sum(-1, keepdim=True)  # eq. 24; the sum is K_r T
+        per_device = self.device * f.view(layers, self.devices, -1).mean(-1)  # eq. 27
+        per_device = per_device + self.communication * self.devices / (self.limit * load.tokens) * load.sent  # eq. 30
+        return self.expert * f + per_device.repeat_interleave(experts // self.devices, -1)
+
+
+def count(
+    ids_NK: torch.Tensor, copies_N: torch.Tensor, experts: int, devices: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's chosen [E] and sent [D] of N nodes, each standing for `copies_N` tokens."""
+    chosen = copies_N.new_zeros(experts).index_add_(0, ids_NK.reshape(-1), copies_N.repeat_interleave(ids_NK.shape[1]))
+    there_ND = torch.zeros(len(ids_NK), devices, dtype=torch.bool, device=ids_NK.device)
+    there_ND.scatter_(1, ids_NK // (experts // devices), True)
+    return chosen, copies_N @ there_ND.to(copies_N.dtype)
