@@ -1,16 +1,15 @@
 """The hybrid engine: one policy that is trained in one layout and sampled in another.
 
-    driver ──rows──> training ranks (FSDP2)          one process each
-       ^                  │ weights: one buffer in the object store, digests, canary
+    driver ──rows──> training ranks (FSDP2, expert parallel)       one process each
+       ^                  │ weights: buckets in the object store, digests, canary
        │                  v
-       └──groups── rollout replicas (vLLM)           one process each
+       └──groups── rollout engines (vLLM: whole, TP, TP+EP, DP+EP) one process a rank
 
 Training and rollout take turns on the same device, so each may use all of it.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -28,24 +27,18 @@ from alignment.batch import split_over_ranks
 from alignment.config import OptimizerConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
+from hybrid_engine.hand_over import CANARY_LIMIT, Parties, hand_over
 from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
+from hybrid_engine.layout import misfits, rollout_ranks
+from hybrid_engine.placement import actor, start_ray
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
 from hybrid_engine.sampler import ReplicaSampler
-from hybrid_engine.train_worker import HandOver, TrainWorker
+from hybrid_engine.train_worker import TrainWorker
 from rewards.base import Scorer
 from rollout.config import RolloutConfig
 from rollout.sampler import Sampling
 from rollout.types import Group, Handle, Prompt, Scores
 from rollout.vllm.environment import environment
-from rollout.weights import canary_error
-
-CANARY_LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
-"""Largest |log p_engine - log p_trainer| of a canary token, in nats, that passes; of the less precise of the two (in
-bfloat16 of the median prompt)."""
-
-
-class CanaryError(RuntimeError):
-    """After a hand-over the engine does not compute what the trainer computes."""
 
 
 class HybridEngine:
@@ -61,6 +54,9 @@ class HybridEngine:
         self._looked = time.monotonic()
         self._ranks: dict[str, Any] = {}
         self._replicas: dict[str, Any] = {}
+        model = AutoConfig.from_pretrained(model_dir).get_text_config().to_dict()
+        for section, key, problem in misfits(train, rollout, model):
+            raise ValueError(f"{section}.{key}: {problem}")
         self._started_ray = start_ray(ray_address)
         try:
             self._start(model_dir, train, rollout, seed)
@@ -70,22 +66,27 @@ class HybridEngine:
 
     def _start(self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, seed: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._places = rollout_ranks(rollout)
         self._ranks = {
-            f"training rank {rank}": _actor(TrainWorker, _threads(train.world), {}).remote(rank, train, device)
+            f"training rank {rank}": actor(TrainWorker, train.world, {}).remote(rank, train, device)
             for rank in range(train.world)
         }
         self._replicas = {
-            f"rollout engine {replica}": _actor(RolloutWorker, _threads(rollout.replicas), environment(rollout)).remote(
-                model_dir, rollout, seed, train.routing_replay
+            place.name: actor(RolloutWorker, len(self._places), environment(rollout, place.rank)).remote(
+                place.rank, rollout
             )
-            for replica in range(rollout.replicas)
+            for place in self._places
         }
-        first = next(iter(self._ranks.values()))
-        address = wait_all({"training rank 0": first.address.remote()})[0]
-        wait_all({name: rank.join.remote(address) for name, rank in self._ranks.items()})
-        lengths = wait_all({name: replica.max_length.remote() for name, replica in self._replicas.items()})
-        self._sampler = ReplicaSampler(self._replicas, self._ranks, lengths[0])
-        self._canary = _canary_prompts(model_dir, lengths[0], 2 if self.precision == "float32" else 9)
+        leaders = [next(iter(self._ranks)), *(place.name for place in self._places if place.rank == 0)]
+        meet, *meets = wait_all({name: (self._ranks | self._replicas)[name].address.remote() for name in leaders})
+        joining = {name: rank.join.remote(meet) for name, rank in self._ranks.items()}
+        starting = {
+            place.name: replica.start.remote(meets[place.engine], model_dir, seed, train.routing_replay)
+            for place, replica in zip(self._places, self._replicas.values(), strict=True)
+        }
+        length = wait_all(joining | starting)[-1]
+        self._sampler = ReplicaSampler(self._replicas, self._places, self._ranks, length)
+        self._canary = _canary_prompts(model_dir, length, 2 if self.precision == "float32" else 9)
 
     # -- a stage -----------------------------------------------------------------------------------------------
 
@@ -93,8 +94,10 @@ class HybridEngine:
         self, model_dir: Path, tokenizer_dir: Path, optimizer: OptimizerConfig, reference_dir: Path | None = None
     ) -> None:
         """Begin a stage from the weights in `model_dir`, with a new optimiser."""
-        dtype = self._rollout_config.dtype
-        self._call_ranks(lambda rank: rank.load.remote(model_dir, tokenizer_dir, optimizer, dtype, reference_dir))
+        rollout = self._rollout_config
+        self._buckets = self._call_ranks(
+            lambda rank: rank.load.remote(model_dir, tokenizer_dir, optimizer, rollout, reference_dir)
+        )[0]
         self._version += 1
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
@@ -151,23 +154,22 @@ class HybridEngine:
         self, step: int, prompts: Sequence[Prompt], sampling: Sampling, scorer: Scorer
     ) -> Iterator[tuple[list[tuple[int, Group]], Future[list[Scores]]]]:
         """Groups (with their place in the batch) as they are complete, each with its scores to come."""
-        count = len(self._replicas)
+        count = self._sampler.lanes
         streams = {
-            actor.sample.options(num_returns="streaming").remote(
-                prompts[r::count], range(r, len(prompts), count), sampling, step
-            ): r
-            for r, actor in enumerate(self._replicas.values())
+            replica.sample.options(num_returns="streaming").remote(
+                prompts[place.lane :: count], range(place.lane, len(prompts), count), sampling, step
+            ): place.name
+            for place, replica in zip(self._places, self._replicas.values(), strict=True)
         }
         while streams:
             stream = wait_any(streams, self._ranks)
-            r = streams[stream]
             try:
                 finished: Finished = ray.get(next(stream))
             except StopIteration:
                 del streams[stream]
                 continue
             except ray.exceptions.RayError as error:
-                raise WorkerError(f"rollout engine {r}: {describe(error)}") from error
+                raise WorkerError(f"{streams[stream]}: {describe(error)}") from error
             groups = [(place, Group(prompts[place], completions)) for place, completions in finished.groups()]
             yield groups, scorer.submit([group for _, group in groups], {"global_step": step - 1})
 
@@ -216,36 +218,20 @@ class HybridEngine:
     def close(self) -> None:
         """Kill every actor, and Ray where this process started it. Safe to call twice."""
         if ray.is_initialized():
-            for actor in (*self._ranks.values(), *self._replicas.values()):
-                ray.kill(actor)
+            for worker in (*self._ranks.values(), *self._replicas.values()):
+                ray.kill(worker)
         if self._started_ray:
             ray.shutdown()
 
     # -- weights -----------------------------------------------------------------------------------------------
 
     def _hand_over(self) -> None:
-        """Bring the newest weights into every replica, verified."""
+        """Bring the newest weights into every engine, verified."""
         with self._timed("handover"):
-            sent: HandOver = self._call_ranks(lambda rank: rank.hand_over.remote(self._version))[0]
-            expected = {name: rank.canary.remote(self._canary) for name, rank in self._ranks.items()}
-            answers = wait_all(
-                {
-                    name: replica.receive.remote(sent.manifest, sent.buffer, self._canary)
-                    for name, replica in self._replicas.items()
-                },
-                self._ranks,
-            )
-            canary = wait_all(expected)[0]
-        limit = CANARY_LIMIT[self.precision]
-        for name, answer in zip(self._replicas, answers, strict=True):
-            error = canary_error(answer, canary, median=self.precision != "float32")
-            self._metrics["handover/canary"] = max(error, self._metrics.get("handover/canary", 0.0))
-            if not error <= limit:
-                raise CanaryError(
-                    f"canary: after hand-over {self._version} {name} differs from the trainer by {error:.3g} nats "
-                    f"(limit {limit:g}): it does not hold, or does not use, the weights that were sent"
-                )
-        self._metrics["handover/bytes"] = float(sent.manifest.nbytes)
+            parties = Parties(self._ranks, self._replicas, self._places)
+            found = hand_over(parties, self._version, self._buckets, self._canary, self.precision)
+        most = max(found["handover/canary"], self._metrics.get("handover/canary", 0.0))
+        self._metrics |= found | {"handover/canary": most}
         self._handed_over = self._version
 
     def _call_ranks(self, call: Any) -> list[Any]:
@@ -262,31 +248,6 @@ class HybridEngine:
 def _in_order(scored: Iterable[tuple[tuple[int, Group], Scores]], count: int) -> list[Group]:
     placed = {place: replace(group, scores=scores) for (place, group), scores in scored}
     return [placed[place] for place in range(count)]
-
-
-def start_ray(address: str | None) -> bool:
-    """Join the cluster at `address`, or start a small local one; False where this process is connected already."""
-    if ray.is_initialized():
-        return False
-    # Ray would run its workers at niceness 15: a step then waits for whatever else the machine has to do.
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    if address is not None:
-        ray.init(address=address, log_to_driver=False)
-    else:
-        ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
-    return True
-
-
-def _threads(processes: int) -> int:
-    """Threads of each of several processes that run at the same time."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def _actor(cls: type, threads: int, variables: dict[str, str]) -> Any:
-    """The actor class with its environment: thread counts must be there before torch is imported."""
-    environment_variables = {"OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"} | variables
-    gpus = 0.5 if torch.cuda.is_available() else 0
-    return ray.remote(cls).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_variables})
 
 
 def _canary_prompts(model_dir: Path, max_length: int, count: int = 2) -> list[np.ndarray]:

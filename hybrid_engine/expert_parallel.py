@@ -18,9 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from alignment.config import TrainConfig
-from hybrid_engine.layout import expert_layout
-
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(hidden [N, H], expert ids [N, K], gate weights [N, K]) -> [N, H], as Transformers' experts modules compute it."""
 
@@ -30,32 +27,13 @@ def expert_modules(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
 
 
-def check_experts(train: TrainConfig, model: PreTrainedModel) -> None:
-    """Raise `ValueError` where the model's experts cannot be laid over the ranks as `train` says."""
-    if train.expert == 1:
-        return
-    parameters = [parameter for module in expert_modules(model) for parameter in module.parameters(recurse=False)]
-    if not parameters:
-        kind = model.config.model_type
-        raise ValueError(f"train.expert is {train.expert}, but {kind} has no routed experts; set it to 1")
-    shard = expert_layout(train).shard
-    for experts, size, *_ in (parameter.shape for parameter in parameters):
-        if experts % train.expert:
-            raise ValueError(f"train.expert ({train.expert}) does not divide the model's {experts} routed experts")
-        if size % shard:
-            raise ValueError(
-                f"with train.expert {train.expert}, train.shard ({train.shard}) leaves {shard} ranks to split each "
-                f"expert, and {shard} does not divide {size}, the size of one of its matrices"
-            )
-
-
 def spread_experts(experts: torch.nn.Module, mesh: DeviceMesh) -> None:
     """Keep this rank's share of the experts, in place, as DTensors that still know the whole.
 
     mesh: one dimension, over the ranks that together hold all experts; it must divide their number.
     """
     count, rank = experts.num_experts // mesh.size(), mesh.get_local_rank()
-    assert count * mesh.size() == experts.num_experts, "check_experts comes first"
+    assert count * mesh.size() == experts.num_experts, "layout.misfits comes first"
     for name, parameter in list(experts.named_parameters(recurse=False)):
         mine = parameter.detach()[rank * count : (rank + 1) * count].clone()
         setattr(experts, name, torch.nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))

@@ -1,10 +1,13 @@
-"""Which training rank holds what: data parallel over all ranks, expert parallel over the same ones. Pure arithmetic."""
+"""Which rank holds what, and which works on what, in training and in rollout. Pure arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from alignment.config import TrainConfig
+from rollout.config import RolloutConfig, routed_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +25,55 @@ def expert_layout(train: TrainConfig) -> ExpertLayout:
     """Experts are replicated only where the ranks of one replica of the dense parameters are too few to hold them."""
     shard = max(1, train.shard // train.expert)
     return ExpertLayout(train.world // (shard * train.expert), shard, train.expert)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRank:
+    """One rank of a rollout engine. lane: ranks of the same one work on the same requests (tensor parallelism), and
+    the first of them answers. alone: the engine has no other rank."""
+
+    engine: int
+    rank: int
+    lane: int
+    answers: bool
+    alone: bool
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"rollout engine {self.engine}" + ("" if self.alone else f" rank {self.rank}")
+
+
+def rollout_ranks(rollout: RolloutConfig) -> list[RolloutRank]:
+    """Every rank of every engine; those of a lane follow each other."""
+    return [
+        RolloutRank(
+            engine=engine,
+            rank=rank,
+            lane=engine * rollout.data + rank // rollout.tensor,
+            answers=rank % rollout.tensor == 0,
+            alone=rollout.world == 1,
+        )
+        for engine in range(rollout.replicas)
+        for rank in range(rollout.world)
+    ]
+
+
+def misfits(train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(section, key, what is wrong) wherever a model cannot be laid over the ranks. model: its configuration's
+    values."""
+    experts, kind = routed_experts(model), model["model_type"]
+    for section, ranks in (("train", train.expert), ("rollout", rollout.world if rollout.expert else 1)):
+        if ranks > 1 and not experts:
+            yield section, "expert", f"{kind} has no routed experts to lay over {ranks} ranks"
+        elif experts % ranks:
+            yield section, "expert", f"{ranks} ranks do not divide the model's {experts} routed experts"
+    widths = {name: model[name] for name in ("moe_intermediate_size", "intermediate_size") if model.get(name)}
+    shard = expert_layout(train).shard if train.expert > 1 else 1
+    for size in (2 * next(iter(widths.values())), model["hidden_size"]) if experts else ():
+        if size % shard:
+            several = f"`expert` {train.expert} leaves {shard} ranks to split each expert"
+            yield "train", "shard", f"{several}, and {shard} does not divide {size}, the size of one of its matrices"
+    for name, size in ({"num_attention_heads": model["num_attention_heads"]} | widths).items():
+        if size % rollout.tensor:
+            yield "rollout", "tensor", f"{rollout.tensor} does not divide the model's {name} ({size})"

@@ -9,16 +9,13 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from alignment.attention import TREE_ATTENTION
 from alignment.config import TrainConfig
-from hybrid_engine.expert_parallel import check_experts
 from hybrid_engine.sharding import Meshes, shard_model
-from hybrid_engine.weight_sync import View, checkpoint_views
+from hybrid_engine.views import checkpoint_views, intersect, local_block
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Stored types that hold a weight as it is; the others (fp8, int8) need scales that lie in other tensors."""
@@ -28,13 +25,12 @@ def load_model(path: str | Path, train: TrainConfig, meshes: Meshes, device: tor
     """The model of a Transformers directory (or hub name) in float32, laid over the ranks, in `eval` mode.
 
     Its experts run as `grouped_mm`, or as `eager` where torch lacks it: Transformers' choice.
-    Raises ValueError for a layout that does not fit the model, and for weights that are missing, of another shape,
-    quantised, or not in safetensors.
+    `layout.misfits` comes first. Raises ValueError for weights that are missing, of another shape, quantised, or not in
+    safetensors.
     """
     config = AutoConfig.from_pretrained(path)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=TREE_ATTENTION)
-    check_experts(train, model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shard_model(
         model.eval(),
@@ -61,11 +57,7 @@ def fill(model: PreTrainedModel, path: str | Path) -> None:
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, "pt")) for file in dict.fromkeys(files.values())}
         for name, views in checkpoint_views(model, tensors).items():
-            tensor = tensors[name].detach()
-            local, offset = tensor, (0,) * tensor.ndim
-            if isinstance(tensor, DTensor):
-                local = tensor.to_local()
-                _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            local, offset = local_block(tensors[name])
             for view in views:
                 if view.name not in files:
                     raise ValueError(f"{path}: weight {view.name} is missing, and maybe others")
@@ -77,11 +69,10 @@ def fill(model: PreTrainedModel, path: str | Path) -> None:
                         f"{path}: weight {view.name} is stored as {stored.get_dtype()}; only {', '.join(PLAIN)} can be "
                         "trained: convert the checkpoint to bfloat16 first"
                     )
-                overlap = intersect(view, tensor.shape, offset, local.shape)
+                overlap = intersect(view, tensors[name].shape, offset, local.shape)
                 if overlap is not None:
                     block, part = overlap
-                    order = sorted(range(len(view.shape)), key=lambda axis: -view.stride[axis])
-                    local[block].copy_(stored[part].permute(order).reshape(local[block].shape))
+                    local[block].copy_(stored[part].permute(view.order).reshape(local[block].shape))
 
 
 def checkpoint_files(path: str | Path) -> dict[str, str]:
@@ -97,23 +88,3 @@ def checkpoint_files(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path}: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}: save it as safetensors")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single)
-
-
-def intersect(
-    view: View, shape: torch.Size, offset: tuple[int, ...], local: torch.Size
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where a checkpoint tensor, a `view` of a contiguous tensor of `shape`, meets the block of size `local` at
-    `offset`: slices of the block, and slices of the checkpoint tensor; None where they do not meet."""
-    rest, block, part = view.offset, [], [slice(None)] * len(view.shape)
-    for dim, stride in enumerate(torch.empty(shape, device="meta").stride()):
-        first, rest = divmod(rest, stride)
-        axes = [axis for axis, size in enumerate(view.shape) if view.stride[axis] == stride and size > 1 < shape[dim]]
-        length = view.shape[axes[0]] if axes else 1
-        assert len(axes) < 2 and first + length <= shape[dim], f"{view.name} is no block of its training tensor"
-        start, end = max(first, offset[dim]), min(first + length, offset[dim] + local[dim])
-        if start >= end:
-            return None
-        block.append(slice(start - offset[dim], end - offset[dim]))
-        if axes:
-            part[axes[0]] = slice(start - first, end - first)
-    return tuple(block), tuple(part)

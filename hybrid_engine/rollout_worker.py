@@ -1,4 +1,4 @@
-"""One rollout replica: an actor that holds a vLLM engine in its own process."""
+"""One rank of a rollout engine: an actor that holds vLLM in its own process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from hybrid_engine.placement import free_address
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
 from rollout.types import Completion, FinishReason, Handle, Prompt, Trajectories
-from rollout.weights import WeightManifest
+from rollout.weights import Parcel, WeightManifest
 
 CANARY_TOP = 20
 """Tokens per canary prompt whose log-probabilities are compared."""
@@ -45,32 +46,40 @@ class Finished:
 
 
 class RolloutWorker:
-    """Calls run one after the other; weights must have arrived before the first sample."""
+    """Calls run one after the other; weights must have arrived before the first sample. Every rank of an engine gets
+    the same calls; of those with the same requests only the first answers, the others with nothing."""
 
-    def __init__(self, model_dir: Path, config: RolloutConfig, seed: int, routes: bool) -> None:
-        # The import takes seconds and reads environment variables that the actor starts with.
-        from rollout.vllm.engine import VllmEngine
-
-        self._engine = VllmEngine(model_dir, config, seed=seed, dummy=True, routes=routes)
+    def __init__(self, rank: int, config: RolloutConfig) -> None:
+        self._config, self._answers = config, rank % config.tensor == 0
         # References inside a yielded value are not safe from Ray's reference counting until all have fetched them
         # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner keeps those of two batches.
         self._published: deque[list[ray.ObjectRef]] = deque(maxlen=2)
+
+    def start(self, address: tuple[str, int], model_dir: Path, seed: int, routes: bool) -> int:
+        """Start the engine, together with its other ranks, which meet at `address`; its `max_length`."""
+        os.environ |= {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
+        # The import takes seconds and reads environment variables that the actor starts with.
+        from rollout.vllm.engine import VllmEngine
+
+        self._engine = VllmEngine(model_dir, self._config, seed=seed, dummy=True, routes=routes)
+        return self._engine.max_length
 
     def pid(self) -> int:
         """Process id, for those who watch or kill it."""
         return os.getpid()
 
-    def max_length(self) -> int:
-        """Most tokens of a sequence, prompt and completion together."""
-        return self._engine.max_length
+    def address(self) -> tuple[str, int]:
+        """Host and a free port of this rank, where the ranks of an engine can meet."""
+        return free_address()
 
-    def receive(
-        self, manifest: WeightManifest, buffer: np.ndarray, canary: Sequence[np.ndarray]
-    ) -> list[dict[int, float]]:
-        """Take the weights in, verified; then each canary prompt's most likely next tokens and their
-        log-probabilities, as the engine now computes them."""
-        self._engine.update_weights(manifest, buffer)
-        return self._engine.canary(canary, CANARY_TOP)
+    def receive(self, manifests: Sequence[WeightManifest], first: bool, last: bool, *buffers: np.ndarray) -> None:
+        """Take a bucket of weights in, verified."""
+        parcels = [Parcel(manifest, buffer) for manifest, buffer in zip(manifests, buffers, strict=True)]
+        self._engine.update_weights(parcels, first=first, last=last)
+
+    def canary(self, prompts: Sequence[np.ndarray]) -> list[dict[int, float]]:
+        """Each prompt's most likely next tokens and their log-probabilities, as the engine now computes them."""
+        return self._engine.canary(prompts, CANARY_TOP)
 
     def sample(
         self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling, step: int
@@ -83,7 +92,7 @@ class RolloutWorker:
         complete: list[tuple[int, list[Sample]]] = []
         at_least = max(1, len(prompts) // 8)  # a message costs about as much as a step of the engine
         for samples in self._engine.generate(requests):
-            for sample in samples:
+            for sample in samples if self._answers else ():
                 slot = sample.index // sampling.completions
                 waiting[slot].append(sample)
                 if len(waiting[slot]) == sampling.completions:
@@ -96,11 +105,13 @@ class RolloutWorker:
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         """Sample single requests (evals)."""
-        return [sample for samples in self._engine.generate(requests) for sample in samples]
+        samples = [sample for samples in self._engine.generate(requests) for sample in samples]
+        return samples if self._answers else []
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
         """Log-probabilities of given sequences (evals)."""
-        return self._engine.score(sequences)
+        scores = self._engine.score(sequences)
+        return scores if self._answers else []
 
 
 def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) -> Finished:

@@ -1,4 +1,4 @@
-"""The `Sampler` protocol over all live rollout replicas."""
+"""The `Sampler` protocol over all live rollout engines."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from typing import Any
 import numpy as np
 
 from hybrid_engine.health import wait_all
+from hybrid_engine.layout import RolloutRank
 from rollout.sampler import Request, Sample, TokenScores
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSampler:
-    """Request i goes to replica i modulo their number, so that a run repeats exactly.
+    """Request i goes to lane i modulo their number, so that a run repeats exactly.
 
-    replicas: the actors by name. idle: actors that only wait meanwhile, by name.
+    replicas: the rollout ranks by name, in the order of `places`. idle: actors that only wait meanwhile, by name.
     """
 
     replicas: Mapping[str, Any]
+    places: Sequence[RolloutRank]
     idle: Mapping[str, Any]
     length: int
+
+    @property
+    def lanes(self) -> int:
+        """How many sets of requests the ranks work on at once."""
+        return self.places[-1].lane + 1
 
     @property
     def max_length(self) -> int:
@@ -30,16 +37,20 @@ class ReplicaSampler:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Every request's sample, once all are done."""
-        count = len(self.replicas)
-        actors = enumerate(self.replicas.items())
-        results = wait_all({name: actor.generate.remote(requests[r::count]) for r, (name, actor) in actors}, self.idle)
-        for r, samples in enumerate(results):
+        for lane, samples in enumerate(self._ask("generate", requests)):
             for sample in samples:
-                yield replace(sample, index=sample.index * count + r)
+                yield replace(sample, index=sample.index * self.lanes + lane)
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
         """Log-probabilities of given token sequences, in their order."""
-        count = len(self.replicas)
-        actors = enumerate(self.replicas.items())
-        results = wait_all({name: actor.score.remote(sequences[r::count]) for r, (name, actor) in actors}, self.idle)
-        return [results[i % count][i // count] for i in range(len(sequences))]
+        answers = self._ask("score", sequences)
+        return [answers[i % self.lanes][i // self.lanes] for i in range(len(sequences))]
+
+    def _ask(self, method: str, values: Sequence[Any]) -> list[Any]:
+        """Each lane's answer to its share of the values."""
+        calls = {
+            name: getattr(actor, method).remote(values[place.lane :: self.lanes])
+            for place, (name, actor) in zip(self.places, self.replicas.items(), strict=True)
+        }
+        answers = wait_all(calls, self.idle)
+        return [answer for place, answer in zip(self.places, answers, strict=True) if place.answers]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
@@ -21,16 +21,19 @@ from alignment.protocols import Loss, TrainRow
 from alignment.routing import make_routing
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.loading import load_model
+from hybrid_engine.placement import free_address
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
-from hybrid_engine.weight_sync import WeightPacker
+from hybrid_engine.weight_sync import Receiver, WeightPacker
+from rollout.config import RolloutConfig
 from rollout.types import Handle
 from rollout.weights import WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
-class HandOver:
-    """What rank 0 sends to the rollout engines: the manifest, and a reference to the buffer (uint8)."""
+class Sent:
+    """A parcel on its way to a rollout rank: the manifest, and a reference to the buffer (uint8)."""
 
+    receiver: Receiver
     manifest: WeightManifest
     buffer: ray.ObjectRef
 
@@ -51,10 +54,7 @@ class TrainWorker:
 
     def address(self) -> tuple[str, int]:
         """Host and a free port of this rank, where the ranks can meet."""
-        from ray.util import get_node_ip_address
-        from torch.distributed.elastic.utils.distributed import get_free_port
-
-        return get_node_ip_address(), get_free_port()
+        return free_address()
 
     def join(self, address: tuple[str, int]) -> None:
         """Form the process group."""
@@ -72,10 +72,11 @@ class TrainWorker:
         model_dir: Path,
         tokenizer_dir: Path,
         optimizer: OptimizerConfig,
-        rollout_dtype: Literal["float32", "bfloat16"],
+        rollout: RolloutConfig,
         reference_dir: Path | None,
-    ) -> None:
-        """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one."""
+    ) -> int:
+        """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
+        Returns the number of buckets of a hand-over."""
         self._packer = self._reference = self._policy = None
         self._policy = self._build(model_dir, optimizer)
         self._policy.routing = make_routing(self._policy.model, self._config)
@@ -83,7 +84,8 @@ class TrainWorker:
             self._reference = self._build(reference_dir, optimizer)
             self._reference.model.requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-        self._packer = WeightPacker(self._policy.model, rollout_dtype)
+        self._packer = WeightPacker(self._policy.model, rollout)
+        return self._packer.buckets
 
     def _build(self, model_dir: Path, config: OptimizerConfig) -> RankPolicy:
         model = load_model(model_dir, self._config, self._meshes, self._device)
@@ -127,14 +129,14 @@ class TrainWorker:
         ref = ray.put(values)
         return [Handle(ref, i) for i in range(len(values))]
 
-    def hand_over(self, version: int) -> HandOver | None:
-        """Gather and pack the weights; rank 0 returns them."""
+    def pack(self, version: int, bucket: int) -> None:
+        """Pack this rank's part of a bucket, to be published next."""
         assert self._packer is not None, "load() comes first"
-        packed = self._packer.pack(version)
-        if packed is None:
-            return None
-        manifest, buffer = packed
-        return HandOver(manifest, ray.put(buffer))
+        self._packed = self._packer.pack(version, bucket)
+
+    def publish(self) -> list[Sent]:
+        """Put what was packed last into the object store: a copy, so that the next bucket can be packed meanwhile."""
+        return [Sent(key, parcel.manifest, ray.put(parcel.buffer)) for key, parcel in self._packed.items()]
 
     def canary(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V]."""

@@ -1,129 +1,152 @@
-"""From sharded training parameters to one flat buffer under checkpoint names: what a hand-over sends."""
+"""The hand-over's plan: which piece of which training shard goes to which rollout rank, in buckets, and its packing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from rollout.weights import TORCH_DTYPES, TensorSpec, WeightManifest, digest, tensor_views
+from hybrid_engine.views import View, checkpoint_views, intersect, local_block
+from rollout.config import RolloutConfig
+from rollout.weights import TORCH_DTYPES, Parcel, Piece, WeightManifest, digest, piece_view
 
+MEBIBYTE = 2**20
 ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
+EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.")
+
+Receiver = int | None
+"""The rank of every rollout engine that takes a parcel; None: all of them do."""
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A checkpoint tensor as a strided view of one training tensor; offset and stride in elements."""
+class Move:
+    """What this rank copies for a piece: the `block` of its part of training tensor `source`, its dimensions in
+    `order`."""
 
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    source: str
+    block: tuple[slice, ...]
+    order: list[int]
+    piece: Piece
 
 
 class WeightPacker:
-    """Packs a model's weights into one buffer, again and again; made once per model, after `shard_model`.
+    """Packs this rank's part of a model's weights, bucket by bucket, again and again; made once per model, after
+    `shard_model`. No rank needs another for it.
 
     Names and bytes are those of `save_pretrained` (a layer's fused experts [E, 2I, H] become one tensor per expert
-    and projection, tied weights appear once). Floating-point parameters are converted to `dtype`; buffers (a
-    router's correction bias) keep theirs, because models that have such buffers compute with them in float32.
+    and projection, tied weights appear once). Floating-point parameters are converted to the rollout's dtype; buffers
+    (a router's correction bias) keep theirs, because models that have such buffers compute with them in float32.
+    Of ranks that hold the same, the first sends it. With expert parallelism in the rollout an expert goes only to the
+    rank that holds it.
 
-    Every pack overwrites the buffer of the one before. Raises ValueError when a checkpoint tensor is no view of one
-    training tensor (then the model's layout differs from its checkpoint's by more than splitting and transposing).
+    `buckets`: their number, the same on every rank. Every pack overwrites the buffers of the one before. Raises
+    ValueError when a checkpoint tensor is no view of one training tensor (then the model's layout differs from its
+    checkpoint's by more than splitting and transposing).
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: Literal["float32", "bfloat16"]) -> None:
+    def __init__(self, model: PreTrainedModel, rollout: RolloutConfig) -> None:
         tied = model.all_tied_weights_keys
         # FSDP exchanges a module's parameters around its forward. A state dict made now holds the sharded ones, which
         # stay the same objects for good.
         self._sources = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tied}
-        self._dtypes = {
-            n: TORCH_DTYPES[dtype] if isinstance(t, torch.nn.Parameter) else t.dtype for n, t in self._sources.items()
+        dtypes = {
+            n: rollout.dtype if isinstance(t, torch.nn.Parameter) else str(t.dtype)[6:]
+            for n, t in self._sources.items()
         }
-        self._views = checkpoint_views(model, self._sources)
-        self._tensors = tuple(self._layout())
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
-        nbytes = max((s.offset + s.nbytes for s in self._tensors), default=0) if self._rank == 0 else 0
-        self._buffer = np.zeros(nbytes, np.uint8)
-        self._targets = tuple(tensor_views(self._buffer, self._tensors)) if self._rank == 0 else ()
+        views = checkpoint_views(model, self._sources)
+        receivers = expert_receivers([v.name for found in views.values() for v in found], rollout)
+        plan = [(name, view, dtypes[name]) for name, found in views.items() for view in found]
+        sizes = [prod(view.shape) * TORCH_DTYPES[dtype].itemsize for _, view, dtype in plan]
+        self._buckets: list[dict[Receiver, list[Move]]] = []
+        for first, end in split_buckets(sizes, rollout.bucket_mb * MEBIBYTE):
+            bucket: dict[Receiver, list[Move]] = {}
+            for name, view, dtype in plan[first:end]:
+                receiver = receivers.get(view.name)
+                move = self._move(name, view, dtype, _end(bucket.get(receiver, [])))
+                if move is not None:
+                    bucket.setdefault(receiver, []).append(move)
+            self._buckets.append(bucket)
+        ends = [(receiver, _end(moves)) for bucket in self._buckets for receiver, moves in bucket.items()]
+        largest = {receiver: max(end for other, end in ends if other == receiver) for receiver, _ in ends}
+        self._buffers = {receiver: np.zeros(size, np.uint8) for receiver, size in largest.items()}
+
+    @property
+    def buckets(self) -> int:
+        """How many make a hand-over."""
+        return len(self._buckets)
 
     @torch.no_grad()
-    def pack(self, version: int) -> tuple[WeightManifest, np.ndarray] | None:
-        """The weights as they are now: the manifest (`version`, digests) and the uint8 buffer; None but on rank 0.
+    def pack(self, version: int, bucket: int = 0) -> dict[Receiver, Parcel]:
+        """This rank's parcels of a bucket, with the weights as they are now."""
+        blocks = {name: local_block(tensor)[0] for name, tensor in self._sources.items()}
+        return {
+            receiver: self._fill(version, receiver, moves, blocks) for receiver, moves in self._buckets[bucket].items()
+        }
 
-        A collective: with sharded parameters every rank calls it, and gathers one parameter after the other.
-        """
-        if self._rank != 0:
-            for _ in self._full_tensors():
-                pass
-            return None
-        targets = iter(self._targets)
+    def _fill(self, version: int, receiver: Receiver, moves: list[Move], blocks: Mapping[str, torch.Tensor]) -> Parcel:
+        buffer = self._buffers[receiver]
         digests: dict[str, str] = {}
-        for name, full in self._full_tensors():
-            for view in self._views[name]:
-                spec, target = next(targets)
-                target.copy_(full.as_strided(view.shape, view.stride, full.storage_offset() + view.offset))
-                # Here and not afterwards: the bytes are still in the cache.
-                digests[spec.name] = digest(self._buffer[spec.offset : spec.offset + spec.nbytes])
-        return WeightManifest(version, self._tensors, digests), self._buffer
+        for move in moves:
+            target = piece_view(buffer, move.piece).permute(move.order)
+            target.copy_(blocks[move.source][move.block].reshape(target.shape))
+            # Here and not afterwards: the bytes are still in the cache.
+            digests[move.piece.name] = digest(buffer[move.piece.offset : move.piece.offset + move.piece.nbytes])
+        manifest = WeightManifest(version, tuple(move.piece for move in moves), digests)
+        return Parcel(manifest, buffer[: manifest.nbytes])
 
-    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, source in self._sources.items():
-            tensor = source.detach()
-            if isinstance(tensor, DTensor):
-                tensor = tensor.to(self._dtypes[name]).full_tensor()
-            yield name, tensor.contiguous()
-
-    def _layout(self) -> Iterator[TensorSpec]:
-        names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
-        offset = 0
-        for source in self._sources:
-            dtype = self._dtypes[source]
-            if dtype not in names:
-                raise ValueError(f"{source} is {dtype}: only {', '.join(TORCH_DTYPES)} can be handed over")
-            for view in self._views[source]:
-                nbytes = prod(view.shape) * dtype.itemsize
-                yield TensorSpec(view.name, names[dtype], view.shape, offset, nbytes)
-                offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    def _move(self, name: str, view: View, dtype: str, end: int) -> Move | None:
+        """How this rank's part of a checkpoint tensor goes to `end` of a buffer; None where it has none to send."""
+        tensor = self._sources[name]
+        local, offset = local_block(tensor)
+        overlap = intersect(view, tensor.shape, offset, local.shape)
+        if overlap is None or not _sends(tensor):
+            return None
+        block, part = overlap
+        bounds = [axis.indices(length) for axis, length in zip(part, view.shape, strict=True)]
+        start, size = tuple(b[0] for b in bounds), tuple(b[1] - b[0] for b in bounds)
+        nbytes = prod(size) * TORCH_DTYPES[dtype].itemsize
+        at = -(-end // ALIGNMENT) * ALIGNMENT
+        return Move(name, block, view.order, Piece(view.name, dtype, view.shape, start, size, at, nbytes))
 
 
-def checkpoint_views(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[View, ...]]:
-    """For each training tensor, the tensors that `save_pretrained` makes of it, as views; no data is touched.
-
-    Transformers' own conversion runs over tensors without data, and where it would copy one it goes on with the
-    original: offset and strides of what comes out then say which elements each checkpoint tensor consists of.
-    Raises ValueError when a checkpoint tensor is made in another way (two tensors joined, say).
-    """
-    with torch.no_grad(), _NoCopies():
-        stand_ins = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
-        owners = {tensor.untyped_storage()._cdata: name for name, tensor in stand_ins.items()}
-        converted = revert_weight_conversion(model, stand_ins)
-        views: dict[str, list[View]] = {name: [] for name in tensors}
-        for name, tensor in converted.items():
-            owner = owners.get(tensor.untyped_storage()._cdata)
-            if owner is None:
-                raise ValueError(
-                    f"{type(model).__name__}: checkpoint tensor {name} is not a view of a single training tensor, "
-                    "so this model's weights cannot be handed over; choose another model family"
-                )
-            views[owner].append(View(name, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
-    covered = {name: sum(prod(view.shape) for view in parts) for name, parts in views.items()}
-    missing = [name for name, tensor in tensors.items() if covered[name] != tensor.numel()]
-    assert not missing, f"the conversion to checkpoint names lost parts of {missing}"
-    return {name: tuple(sorted(parts, key=lambda view: view.offset)) for name, parts in views.items()}
+def _end(moves: list[Move]) -> int:
+    return moves[-1].piece.offset + moves[-1].piece.nbytes if moves else 0
 
 
-class _NoCopies(TorchDispatchMode):
-    """`clone` returns the tensor itself."""
+def _sends(tensor: Any) -> bool:
+    """Whether this rank is the first of those that hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    coordinates = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+    return all(place == 0 for place, placement in coordinates if placement.is_replicate())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.ops.aten.clone.default else func(*args, **(kwargs or {}))
+
+def expert_receivers(names: list[str], rollout: RolloutConfig) -> dict[str, int]:
+    """Checkpoint tensor of an expert -> the rank of an engine that holds it whole: equal shares, in order, as vLLM
+    lays them. Empty without expert parallelism."""
+    if not rollout.expert:
+        return {}
+    found = {name: match.group(1, 2) for name in names if (match := EXPERT.match(name))}
+    counts = {prefix: 1 + max(int(e) for other, e in found.values() if other == prefix) for prefix, _ in found.values()}
+    return {name: int(expert) * rollout.world // counts[prefix] for name, (prefix, expert) in found.items()}
+
+
+def split_buckets(sizes: list[int], most: int) -> list[tuple[int, int]]:
+    """(first, end) of consecutive tensors of `sizes` bytes that together are at most `most`, or a single larger one."""
+    ends, total = [], 0
+    for index, size in enumerate(sizes):
+        if total and total + size > most:
+            ends.append(index)
+            total = 0
+        total += size
+    bounds = [0, *ends, len(sizes)]
+    return list(pairwise(bounds))

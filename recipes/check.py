@@ -16,6 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from alignment.metrics import check_trackers
+from hybrid_engine.layout import misfits
 from recipes.data import stage_rows
 from recipes.errors import RecipeError, shorten
 from recipes.plan import plan
@@ -141,12 +142,15 @@ def _data_key(index: int, stage: Stage) -> Key:
 
 
 def _tokenizer(recipe: Recipe, rows: Mapping[int, Rows], problems: _Problems) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer; the model's own context must hold the recipe's lengths."""
+    """The policy's tokenizer; the model must fit the layouts, and its own context the recipe's lengths."""
     from alignment.model import load_tokenizer, model_config
 
     texts = row_texts(chain.from_iterable(rows[index] for index in range(len(recipe.stages))))
     tokenizer = load_tokenizer(recipe.model, recipe.folder, texts)
-    context = model_config(recipe.model, tokenizer, recipe.folder).get_text_config().max_position_embeddings
+    model = model_config(recipe.model, tokenizer, recipe.folder).get_text_config()
+    for section, name, problem in misfits(recipe.train, recipe.rollout, model.to_dict()):
+        problems.add((section, name), problem)
+    context = model.max_position_embeddings
     lengths: dict[Key, int] = {("rollout",): recipe.rollout.max_length}
     lengths |= {("stages", i, "sft"): stage.sft.max_length for i, stage in enumerate(recipe.stages) if stage.sft}
     for key, length in lengths.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -40,7 +41,15 @@ class RolloutConfig(Config):
     """The inference engines."""
 
     replicas: int = Field(1, ge=1)
-    """Number of whole vLLM engines."""
+    """Number of whole vLLM engines, each of tensor x data ranks."""
+    tensor: int = Field(1, ge=1)
+    """Ranks that split every matrix of an engine between them (tensor parallelism)."""
+    data: int = Field(1, ge=1)
+    """Such groups of ranks in an engine: each samples other prompts, the experts lie over all of them."""
+    expert: bool = False
+    """Lay the routed experts whole over all ranks of an engine (expert parallelism) instead of splitting each."""
+    bucket_mb: int = Field(256, ge=1)
+    """MiB of weights that a hand-over moves at a time; a single tensor may be larger."""
     max_num_seqs: int = Field(256, ge=1)
     """Most sequences that one engine runs at once."""
     max_length: int = Field(1024, ge=2)
@@ -53,3 +62,21 @@ class RolloutConfig(Config):
     """KV cache: GiB on the CPU, share of device memory (at most 1) on CUDA."""
     eager: bool = True
     """Skip compilation: starts 16-40 s sooner, each step a little slower."""
+
+    @property
+    def world(self) -> int:
+        """Ranks of one engine."""
+        return self.tensor * self.data
+
+    @model_validator(mode="after")
+    def _several_ranks(self) -> Self:
+        if self.expert and self.world == 1:
+            raise ValueError("`expert` needs an engine of several ranks: set `tensor` or `data` above 1")
+        if self.data > 1 and not self.expert:
+            raise ValueError("`data` above 1 needs `expert: true`; whole copies of the model are `replicas`")
+        return self
+
+
+def routed_experts(model: Mapping[str, Any]) -> int:
+    """How many routed experts a layer of a model has, by its configuration's values; 0 of a dense one."""
+    return max(model.get(name) or 0 for name in ("n_routed_experts", "num_experts", "num_local_experts"))

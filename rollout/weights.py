@@ -1,9 +1,10 @@
-"""One flat buffer of checkpoint-named tensors: what leaves the trainer and what the engine must receive."""
+"""Flat buffers of checkpoint-named tensors and parts of them: what leaves the trainer, what the engine must receive."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -15,28 +16,42 @@ class HandoverError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor inside the buffer: checkpoint name, dtype ("float32"), shape, offset and size in bytes."""
+class Piece:
+    """A block of a checkpoint tensor inside a buffer.
+
+    name, dtype ("float32"), shape: of the whole tensor. start, size: of the block in it, per dimension. offset, nbytes:
+    of the block in the buffer, contiguous.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
     offset: int
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """What the buffer of one hand-over holds, and the digest of every tensor's bytes as they left."""
+    """What one buffer of hand-over `version` holds (a tensor at most once), and each piece's digest as it left."""
 
     version: int
-    tensors: tuple[TensorSpec, ...]
+    pieces: tuple[Piece, ...]
     digests: Mapping[str, str]
 
     @property
     def nbytes(self) -> int:
-        """Size of the buffer in bytes, with what aligning the tensors adds."""
-        return max((spec.offset + spec.nbytes for spec in self.tensors), default=0)
+        """Size of the buffer in bytes, with what aligning the pieces adds."""
+        return max((piece.offset + piece.nbytes for piece in self.pieces), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A manifest and its buffer (uint8 [bytes])."""
+
+    manifest: WeightManifest
+    buffer: np.ndarray
 
 
 def digest(data: np.ndarray) -> str:
@@ -44,12 +59,41 @@ def digest(data: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def tensor_views(buffer: np.ndarray, tensors: tuple[TensorSpec, ...]) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Each tensor of the buffer (uint8 [bytes]) as a view: nothing is copied."""
-    flat = torch.from_numpy(buffer)
-    for spec in tensors:
-        view = flat[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
-        yield spec, view
+def piece_view(buffer: np.ndarray, piece: Piece) -> torch.Tensor:
+    """A piece as a tensor of its own size: nothing is copied."""
+    flat = torch.from_numpy(buffer[piece.offset : piece.offset + piece.nbytes])
+    return flat.view(TORCH_DTYPES[piece.dtype]).view(piece.size)
+
+
+def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of which the parcels hold a piece, joined from all its pieces; one of a single piece is not copied.
+
+    Raises HandoverError with the name of the check that failed: version, duplicate, digest, shards.
+    """
+    versions = {parcel.manifest.version for parcel in parcels}
+    if len(versions) > 1:
+        raise HandoverError(f"version: buffers of hand-overs {sorted(versions)} arrived as one")
+    pieces: dict[str, list[tuple[Piece, Parcel]]] = {}
+    for parcel in parcels:
+        for piece in parcel.manifest.pieces:
+            pieces.setdefault(piece.name, []).append((piece, parcel))
+    for name, found in pieces.items():
+        if len({piece.start for piece, _ in found}) < len(found):
+            raise HandoverError(f"duplicate: a piece of tensor {name} arrived twice")
+        for piece, parcel in found:
+            if digest(parcel.buffer[piece.offset : piece.offset + piece.nbytes]) != parcel.manifest.digests[name]:
+                raise HandoverError(f"digest: tensor {name} differs from what left the trainer")
+        first = found[0][0]
+        arrived, needed = sum(prod(piece.size) for piece, _ in found), prod(first.shape)
+        if arrived != needed:
+            raise HandoverError(f"shards: of tensor {name} only {arrived:,} of {needed:,} elements arrived")
+        whole = piece_view(found[0][1].buffer, first)
+        if len(found) > 1:
+            whole = torch.empty(first.shape, dtype=whole.dtype)
+            for piece, parcel in found:
+                block = tuple(slice(start, start + size) for start, size in zip(piece.start, piece.size, strict=True))
+                whole[block] = piece_view(parcel.buffer, piece)
+        yield name, whole
 
 
 TORCH_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}

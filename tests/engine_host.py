@@ -7,13 +7,17 @@ import functools
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import tiny
+from torch.distributed.elastic.utils.distributed import get_free_port
 
+from hybrid_engine.layout import rollout_ranks
 from rollout.config import RolloutConfig
 from rollout.vllm.environment import environment
 
@@ -21,7 +25,7 @@ from rollout.vllm.environment import environment
 class EngineHost:
     """Starts a fresh process with `environment`, makes the engine there, and calls functions on it."""
 
-    def __init__(self, factory: Callable[[], Any], environment: Mapping[str, str]):
+    def __init__(self, factory: Callable[[], Any], environment: Mapping[str, str], *, wait: bool = True):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -33,7 +37,13 @@ class EngineHost:
             os.environ.clear()
             os.environ.update(before)
         theirs.close()
-        self._ask(factory)
+        self._send(factory)
+        if wait:
+            self.wait()
+
+    def wait(self) -> Any:
+        """Until the engine is there."""
+        return self._receive()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(engine, *args)` in the process; what it raises is raised here, its traceback in the notes."""
@@ -44,8 +54,14 @@ class EngineHost:
         self._process.kill()
         self._process.join()
 
-    def _ask(self, *message: Any, timeout: float = 240.0) -> Any:
+    def _ask(self, *message: Any) -> Any:
+        self._send(*message)
+        return self._receive()
+
+    def _send(self, *message: Any) -> None:
         self._pipe.send_bytes(cloudpickle.dumps(message))
+
+    def _receive(self, timeout: float = 240.0) -> Any:
         if not self._pipe.poll(timeout):
             self.close()
             raise TimeoutError(f"the engine's process gave no answer for {timeout} s")
@@ -73,6 +89,35 @@ def shared(family: str, mla: bool) -> EngineHost:
     host = EngineHost(start, environment(config))
     atexit.register(host.close)
     return host
+
+
+class EngineGroup:
+    """Every rank of every engine of a rollout layout, a host for each; all make the same calls at the same time."""
+
+    def __init__(self, folder: Path, config: RolloutConfig):
+        ports = [str(get_free_port()) for _ in range(config.replicas)]
+        places = rollout_ranks(config)
+        self._threads = ThreadPoolExecutor(len(places))
+
+        def start() -> Any:
+            from rollout.vllm.engine import VllmEngine
+
+            return VllmEngine(folder, config, dummy=True)
+
+        # One after the other: each changes this process's environment while it starts its own.
+        meet = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for port in ports]
+        variables = [environment(config, place.rank) | meet[place.engine] for place in places]
+        self.hosts = [EngineHost(start, own, wait=False) for own in variables]
+        self.each(EngineHost.wait)
+
+    def each(self, function: Callable[..., Any], *args: Sequence[Any]) -> list[Any]:
+        """`function(host, *args of that rank)` for every rank's host at once."""
+        return list(self._threads.map(function, self.hosts, *args))
+
+    def close(self) -> None:
+        """End the processes."""
+        for host in self.hosts:
+            host.close()
 
 
 def _serve(pipe: Connection) -> None:

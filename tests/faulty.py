@@ -6,56 +6,50 @@ import importlib
 import os
 import time
 
-import numpy as np
-import ray
-
 from hybrid_engine.rollout_worker import RolloutWorker
-from hybrid_engine.train_worker import HandOver, TrainWorker
-from rollout.weights import WeightManifest, digest
+from hybrid_engine.train_worker import TrainWorker
+from rollout.weights import Parcel, Piece, WeightManifest, digest
 
 
 class PlantedTrainer(TrainWorker):
-    """A rank whose `hand_over` goes wrong in the way that `plant` named last; the digests are right all the same."""
+    """A rank that packs wrongly, in the way that `plant` named last; the digests are right all the same."""
 
     def plant(self, fault: str | None) -> None:
         self._fault = fault
 
-    def hand_over(self, version):
-        changes = {"swap_experts": self._swap, "stale_tensor": self._stale}
+    def pack(self, version, bucket):
+        super().pack(version, bucket)
+        changes = {"swap_experts": _swap_experts, "stale_tensor": self._stale}
         change = changes.get(self.__dict__.get("_fault"), self._keep)
-        return change(super().hand_over(version))
+        self._packed = {key: change(Parcel(sent.manifest, sent.buffer.copy())) for key, sent in self._packed.items()}
 
-    def _keep(self, sent: HandOver) -> HandOver:
-        self._kept = ray.get(sent.buffer).copy()
+    def _keep(self, sent: Parcel) -> Parcel:
+        self._kept = sent.buffer
         return sent
 
-    def _swap(self, sent: HandOver) -> HandOver:
-        """Expert 0's down projection as expert 1's, and the other way round."""
-        return _repacked(sent, _swap_experts)
-
-    def _stale(self, sent: HandOver) -> HandOver:
+    def _stale(self, sent: Parcel) -> Parcel:
         """One tensor is that of the last good hand-over."""
-        spec = next(spec for spec in sent.manifest.tensors if spec.name.endswith("o_proj.weight"))
-
-        def change(tensors: dict[str, np.ndarray]) -> None:
-            tensors[spec.name][:] = self._kept[spec.offset : spec.offset + spec.nbytes]
-
-        return _repacked(sent, change)
+        piece = next(piece for piece in sent.manifest.pieces if piece.name.endswith("o_proj.weight"))
+        sent.buffer[span(piece)] = self._kept[span(piece)]
+        return _signed(sent)
 
 
-def _swap_experts(tensors: dict[str, np.ndarray]) -> None:
-    name = next(name for name in tensors if name.endswith("experts.0.down_proj.weight"))
-    other = name.replace("experts.0", "experts.1")
-    tensors[name][:], tensors[other][:] = tensors[other].copy(), tensors[name].copy()
+def span(piece: Piece) -> slice:
+    return slice(piece.offset, piece.offset + piece.nbytes)
 
 
-def _repacked(sent: HandOver, change) -> HandOver:
-    buffer = ray.get(sent.buffer).copy()
-    tensors = {spec.name: buffer[spec.offset : spec.offset + spec.nbytes] for spec in sent.manifest.tensors}
-    change(tensors)
-    digests = {name: digest(data) for name, data in tensors.items()}
-    manifest = WeightManifest(sent.manifest.version, sent.manifest.tensors, digests)
-    return HandOver(manifest, ray.put(buffer))
+def _swap_experts(sent: Parcel) -> Parcel:
+    """Expert 0's down projection as expert 1's, and the other way round."""
+    pieces = {piece.name: piece for piece in sent.manifest.pieces}
+    name = next(name for name in pieces if name.endswith("experts.0.down_proj.weight"))
+    one, other = span(pieces[name]), span(pieces[name.replace("experts.0", "experts.1")])
+    sent.buffer[one], sent.buffer[other] = sent.buffer[other].copy(), sent.buffer[one].copy()
+    return _signed(sent)
+
+
+def _signed(sent: Parcel) -> Parcel:
+    digests = {piece.name: digest(sent.buffer[span(piece)]) for piece in sent.manifest.pieces}
+    return Parcel(WeightManifest(sent.manifest.version, sent.manifest.pieces, digests), sent.buffer)
 
 
 class PlantedEngine(RolloutWorker):
@@ -67,15 +61,15 @@ class PlantedEngine(RolloutWorker):
         if fault in ("repack_experts", "forget_prefixes"):
             setattr(faults, fault, lambda *_: None)
 
-    def receive(self, manifest, buffer, canary):
-        fault = self.__dict__.get("_fault")
+    def receive(self, manifests, first, last, buffer):
+        (manifest,), fault = manifests, self.__dict__.get("_fault")
         if fault == "lose_tensor":
-            manifest = WeightManifest(manifest.version, manifest.tensors[1:], manifest.digests)
+            manifest = WeightManifest(manifest.version, manifest.pieces[1:], manifest.digests)
         if fault == "old_tensor":
-            spec, buffer = manifest.tensors[0], buffer.copy()
-            buffer[spec.offset : spec.offset + spec.nbytes] = self._buffer[spec.offset : spec.offset + spec.nbytes]
+            piece, buffer = manifest.pieces[0], buffer.copy()
+            buffer[span(piece)] = self._buffer[span(piece)]
         self._buffer = buffer
-        return super().receive(manifest, buffer, canary)
+        return super().receive([manifest], first, last, buffer)
 
 
 class Sleeper:

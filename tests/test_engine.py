@@ -20,8 +20,10 @@ from alignment.config import GRPOConfig, SFTConfig, TrainConfig
 from alignment.grpo import grpo
 from alignment.sft import sft_step
 from hybrid_engine import health
-from hybrid_engine.engine import CanaryError, HybridEngine, start_ray
+from hybrid_engine.engine import HybridEngine
+from hybrid_engine.hand_over import CanaryError
 from hybrid_engine.health import WorkerError
+from hybrid_engine.placement import start_ray
 from rollout.config import RolloutConfig
 from rollout.prompts import Stream
 from rollout.sampler import Request, Sampling
@@ -31,9 +33,9 @@ FAMILY = "deepseek"
 ray.cloudpickle.register_pickle_by_value(faulty)  # Ray's processes cannot import from here
 
 
-def start(rollout_dtype: str = "float32", replicas: int = 1, family: str = FAMILY, **train: Any) -> HybridEngine:
-    rollout = RolloutConfig(replicas=replicas, max_length=96, max_num_seqs=64, memory=0.25, dtype=rollout_dtype)
-    return HybridEngine(model_dir(family), TrainConfig(**train), rollout, seed=0)
+def start(rollout: dict[str, Any] | None = None, family: str = FAMILY, **train: Any) -> HybridEngine:
+    engines = RolloutConfig(**{"max_length": 96, "max_num_seqs": 64, "memory": 0.25} | (rollout or {}))
+    return HybridEngine(model_dir(family), TrainConfig(**train), engines, seed=0)
 
 
 def config(**changes) -> GRPOConfig:
@@ -79,6 +81,13 @@ def small():
     engine = start()
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def one(small: HybridEngine) -> list[dict]:
+    """The metrics of one training rank and one engine, which every layout must reach."""
+    begin(small, config())
+    return run_steps(small, config())
 
 
 def begin(engine: HybridEngine, config: GRPOConfig, family: str = FAMILY) -> None:
@@ -172,7 +181,7 @@ def test_a_hand_over_that_goes_wrong_stops_the_run_by_the_name_of_a_check(
 
 @pytest.mark.parametrize(("train", "rollout"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_step_in_bfloat16_stays_within_its_own_limits(train: str, rollout: str) -> None:
-    engine = start(rollout, dtype=train)
+    engine = start({"dtype": rollout}, dtype=train)
     try:
         begin(engine, config())
         done = run_steps(engine, config())
@@ -185,7 +194,7 @@ def test_a_step_in_bfloat16_stays_within_its_own_limits(train: str, rollout: str
 
 
 def test_with_routing_replay_every_token_is_trained_with_the_experts_that_sampled_it() -> None:
-    engine = start("bfloat16", routing_replay=True)
+    engine = start({"dtype": "bfloat16", "data": 2, "expert": True}, shard=2, routing_replay=True)
     try:
         begin(engine, config(kl=0.01))
         done = run_steps(engine, config(kl=0.01, updates_per_batch=2, correction={"token_mask": (0.5, 5.0)}))
@@ -195,11 +204,9 @@ def test_with_routing_replay_every_token_is_trained_with_the_experts_that_sample
     assert all(0 <= step["mismatch/corrected"] < 1 for step in done)
 
 
-def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine) -> None:
-    begin(small, config())
-    one = run_steps(small, config())
+def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine, one: list[dict]) -> None:
     small.close()
-    engine = start(shard=2, expert=2, replicas=2)
+    engine = start({"replicas": 2}, shard=2, expert=2)
     try:
         begin(engine, config())
         two = run_steps(engine, config())
@@ -215,6 +222,16 @@ def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine) -> None:
     finally:
         engine.close()
     assert not ray.is_initialized()
+
+
+def test_a_layout_with_experts_over_both_sides_trains_as_one(one: list[dict]) -> None:
+    engine = start({"tensor": 2, "expert": True, "bucket_mb": 1}, shard=2, expert=2)
+    try:
+        begin(engine, config())
+        np.testing.assert_allclose(comparable(run_steps(engine, config())), comparable(one), rtol=2e-4, atol=1e-7)
+        _kill_and_see(engine, "rollout engine 0 rank 1")
+    finally:
+        engine.close()
 
 
 def test_deaths_are_seen_while_others_work_and_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from alignment.config import TrainConfig
 from hybrid_engine import sharding
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, reshard, shard_model
 from hybrid_engine.weight_sync import WeightPacker
+from rollout.config import RolloutConfig
+from rollout.weights import whole_tensors
 
 LENGTHS = (9, 3, 17, 5, 12, 0, 7, 2)  # tokens with loss, per sequence; one has none, as on a rank that ran out of rows
 STEPS, MAX_NORM = 3, 0.5
@@ -98,16 +100,14 @@ def on_two_ranks(folder: Path) -> None:
     found["stale"] = logits_after_change(sharded(), lambda model: None)
     found["resharded"] = logits_after_change(sharded(), reshard)
     model = sharded()
-    packer = WeightPacker(model, "bfloat16")
+    packer = WeightPacker(model, RolloutConfig(dtype="bfloat16"))
     with torch.no_grad():
         model(input_ids=batch(0)[0][0], use_cache=False)  # now the modules hold gathered parameters
-    packed = packer.pack(3)
-    assert (packed is None) == (dist.get_rank() != 0)
+    torch.save(packer.pack(3), folder / f"packed-{dist.get_rank()}.pt")
     with pytest.MonkeyPatch.context() as fault:  # gloo lacks FSDP's default operation, so averaging takes this form
         fault.setattr(sharding, "_sum_gradients", lambda module: module.set_force_sum_reduction_for_comms(True))
         found["averaged"] = train(sharded(), share)
-    if packed is not None:
-        found["digests"] = dict(packed[0].digests)
+    if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
 
 
@@ -115,7 +115,8 @@ def on_two_ranks(folder: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("two_ranks")
     run_ranks(on_two_ranks, 2, folder)
-    return torch.load(folder / "found.pt")
+    packed = [torch.load(folder / f"packed-{rank}.pt", weights_only=False) for rank in range(2)]
+    return torch.load(folder / "found.pt") | {"packed": packed}
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +192,13 @@ def test_gathered_weights_are_stale_until_resharded(two_ranks: dict):
     assert (two_ranks["stale"] - expected).abs().max() > 1e-2, "reshard() is no longer needed"
 
 
-def test_packed_weights_of_two_ranks_are_those_of_one(two_ranks: dict):
-    manifest, _ = WeightPacker(tiny_model("deepseek-v2"), "bfloat16").pack(0)
-    assert two_ranks["digests"] == dict(manifest.digests)
+def test_packed_weights_of_two_ranks_make_those_of_one(two_ranks: dict):
+    one = dict(whole_tensors([WeightPacker(tiny_model("deepseek-v2"), RolloutConfig(dtype="bfloat16")).pack(3)[None]]))
+    both = dict(whole_tensors([packed[None] for packed in two_ranks["packed"]]))
+    assert both.keys() == one.keys()
+    assert all(torch.equal(both[name], one[name]) for name in one)
+    half = [packed[None].manifest.nbytes for packed in two_ranks["packed"]]
+    assert max(half) < 0.51 * sum(half), "each rank sends what it holds, and no more"
 
 
 @pytest.mark.parametrize("recompute", [False, True])

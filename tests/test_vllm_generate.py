@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def host(reference: PreTrainedModel) -> EngineHost:
     host = shared("qwen3_moe", False)
-    host.call(lambda engine, *weights: engine.update_weights(*weights), *tiny.pack(reference, 1))
+    host.call(lambda engine, parcels: engine.update_weights(parcels), tiny.pack(reference, 1))
     return host
 
 
@@ -102,7 +102,7 @@ def test_routes_are_those_of_transformers_also_of_cached_prefixes(host: EngineHo
     other = tiny.random_model(tiny.qwen3_moe_config(), seed=5)
     for model, version in ((reference, 1), (reference, None), (other, 2), (reference, 3)):
         if version is not None:
-            host.call(lambda engine, *weights: engine.update_weights(*weights), *tiny.pack(model, version))
+            host.call(lambda engine, parcels: engine.update_weights(parcels), tiny.pack(model, version))
         for sample in host.call(generate, requests):
             token_ids, routes = sample.trajectory.token_ids, sample.trajectory.routes
             assert routes.shape == (len(token_ids) - 1, 2, 2) and routes.dtype == np.int16

@@ -16,7 +16,7 @@ from hybrid_engine.engine import _canary_prompts
 from hybrid_engine.rollout_worker import CANARY_TOP
 from rollout.sampler import Request, Sample
 from rollout.types import VersionSpan
-from rollout.weights import HandoverError, WeightManifest, canary_error
+from rollout.weights import HandoverError, Parcel, Piece, WeightManifest, canary_error, digest
 
 TOLERANCE = 1e-4
 TEMPERATURE = 0.7
@@ -31,8 +31,8 @@ def model(request: pytest.FixtureRequest) -> tuple[str, EngineHost]:
     return family, shared(family, mla)
 
 
-def update(engine, manifest, buffer):
-    engine.update_weights(manifest, buffer)
+def update(engine, parcels, first=True, last=True):
+    engine.update_weights(parcels, first=first, last=last)
 
 
 def generate(engine, requests):
@@ -65,7 +65,7 @@ def test_logprobs_equal_transformers_after_three_handovers(model: tuple[str, Eng
     requests = [Request(prompt, 12, temperature=TEMPERATURE, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     for version in (1, 2, 3):
         reference = tiny.random_model(tiny.CONFIGS[family](), seed=version)
-        host.call(update, *tiny.pack(reference, version))
+        host.call(update, tiny.pack(reference, version))
         samples: list[Sample] = host.call(generate, requests)
         assert sorted(sample.index for sample in samples) == list(range(len(requests)))
         sequences = [sample.trajectory.token_ids for sample in samples]
@@ -87,7 +87,7 @@ def planted(model: tuple[str, EngineHost]) -> Iterator[tuple[str, EngineHost]]:
     family, host = model
     host.call(_restore)
     reference = tiny.random_model(tiny.CONFIGS[family](), seed=9)
-    host.call(update, *tiny.pack(reference, 9))
+    host.call(update, tiny.pack(reference, 9))
     assert canary_of(host, family, reference) < TOLERANCE
 
 
@@ -108,10 +108,10 @@ def _restore(engine):
 def hand_over_twice(host: EngineHost, family: str, fault: str) -> float:
     """Canary's error after a second hand-over that was made with `fault` planted."""
     first, second = (tiny.random_model(tiny.CONFIGS[family](), seed=seed) for seed in (4, 5))
-    host.call(update, *tiny.pack(first, 4))
+    host.call(update, tiny.pack(first, 4))
     assert canary_of(host, family, first) < TOLERANCE
     host.call(_take_away, fault)
-    host.call(update, *tiny.pack(second, 5))
+    host.call(update, tiny.pack(second, 5))
     return canary_of(host, family, second)
 
 
@@ -136,16 +136,17 @@ def test_stale_prefixes_show_in_the_canary(planted: tuple[str, EngineHost]) -> N
         assert error > 100 * TOLERANCE
 
 
-def without(manifest: WeightManifest, name: str) -> WeightManifest:
-    return dataclasses.replace(manifest, tensors=tuple(spec for spec in manifest.tensors if spec.name != name))
+def without(parcel: Parcel, name: str) -> Parcel:
+    pieces = tuple(piece for piece in parcel.manifest.pieces if piece.name != name)
+    return Parcel(dataclasses.replace(parcel.manifest, pieces=pieces), parcel.buffer)
 
 
-def _complaints(engine, manifest, buffer, incomplete):
-    """What the engine says of each incomplete manifest."""
+def _complaints(engine, parcels):
+    """What the engine says of each incomplete parcel."""
     said = []
-    for part in incomplete:
+    for parcel in parcels:
         try:
-            engine.update_weights(part, buffer)
+            engine.update_weights([parcel])
             said.append(None)
         except HandoverError as error:
             said.append(str(error))
@@ -154,9 +155,9 @@ def _complaints(engine, manifest, buffer, incomplete):
 
 def test_every_missing_tensor_is_found_by_the_coverage_check(planted: tuple[str, EngineHost]) -> None:
     family, host = planted
-    manifest, buffer = tiny.pack(tiny.random_model(tiny.CONFIGS[family](), seed=6), 6)
-    names = [spec.name for spec in manifest.tensors]
-    said = host.call(_complaints, manifest, buffer, [without(manifest, name) for name in names])
+    (parcel,) = tiny.pack(tiny.random_model(tiny.CONFIGS[family](), seed=6), 6)
+    names = [piece.name for piece in parcel.manifest.pieces]
+    said = host.call(_complaints, [without(parcel, name) for name in names])
     for name, complaint in zip(names, said, strict=True):
         assert complaint is not None, f"nobody missed {name}"
         assert complaint.startswith("coverage: parameter "), (name, complaint)
@@ -164,21 +165,73 @@ def test_every_missing_tensor_is_found_by_the_coverage_check(planted: tuple[str,
 
 def test_a_tensor_of_the_step_before_is_found_by_its_digest(planted: tuple[str, EngineHost]) -> None:
     family, host = planted
-    (_, old), (manifest, new) = (tiny.pack(tiny.random_model(tiny.CONFIGS[family](), seed=v), v) for v in (6, 7))
-    spec = manifest.tensors[len(manifest.tensors) // 2]
-    new[spec.offset : spec.offset + spec.nbytes] = old[spec.offset : spec.offset + spec.nbytes]
-    with pytest.raises(HandoverError, match=f"^digest: tensor {spec.name} differs"):
-        host.call(update, manifest, new)
+    (old,), (new,) = (tiny.pack(tiny.random_model(tiny.CONFIGS[family](), seed=version), version) for version in (6, 7))
+    piece = new.manifest.pieces[len(new.manifest.pieces) // 2]
+    bytes_of_it = slice(piece.offset, piece.offset + piece.nbytes)
+    new.buffer[bytes_of_it] = old.buffer[bytes_of_it]
+    with pytest.raises(HandoverError, match=f"^digest: tensor {piece.name} differs"):
+        host.call(update, [new])
     with pytest.raises(RuntimeError, match="holds no weights"):
         host.call(generate, [Request(PROMPTS[0], 4)])
 
 
-def test_a_tensor_that_is_named_twice_is_refused(planted: tuple[str, EngineHost]) -> None:
+def shards(model: PreTrainedModel, version: int) -> list[Parcel]:
+    """As two ranks send them: each half the rows of what has two dimensions, and the others by turns."""
+    (whole,) = tiny.pack(model, version)
+    parts: list[list[tuple[Piece, np.ndarray]]] = [[], []]
+    for index, piece in enumerate(whole.manifest.pieces):
+        data = whole.buffer[piece.offset : piece.offset + piece.nbytes]
+        if len(piece.shape) < 2:
+            parts[index % 2].append((piece, data))
+            continue
+        cut, width = piece.shape[0] // 2, piece.nbytes // piece.shape[0]
+        for part, (first, end) in zip(parts, ((0, cut), (cut, piece.shape[0])), strict=True):
+            block = {"start": (first, *piece.start[1:]), "size": (end - first, *piece.size[1:])}
+            part.append((dataclasses.replace(piece, **block), data[first * width : end * width]))
+    return [_parcel(version, part) for part in parts]
+
+
+def _parcel(version: int, part: list[tuple[Piece, np.ndarray]]) -> Parcel:
+    ends = np.cumsum([len(data) for _, data in part])
+    placed = [
+        dataclasses.replace(piece, offset=int(end) - len(data), nbytes=len(data))
+        for (piece, data), end in zip(part, ends, strict=True)
+    ]
+    digests = {piece.name: digest(data) for piece, data in part}
+    return Parcel(WeightManifest(version, tuple(placed), digests), np.concatenate([data for _, data in part]))
+
+
+def test_shards_and_buckets_make_a_whole(planted: tuple[str, EngineHost]) -> None:
     family, host = planted
-    manifest, buffer = tiny.pack(tiny.random_model(tiny.CONFIGS[family](), seed=8), 8)
-    twice = dataclasses.replace(manifest, tensors=(*manifest.tensors, manifest.tensors[0]))
-    with pytest.raises(HandoverError, match=f"^duplicate: tensor {manifest.tensors[0].name}"):
-        host.call(update, twice, buffer)
+    reference = tiny.random_model(tiny.CONFIGS[family](), seed=3)
+    host.call(update, shards(reference, 3))
+    assert canary_of(host, family, reference) < TOLERANCE
+    reference = tiny.random_model(tiny.CONFIGS[family](), seed=4)
+    (whole,) = tiny.pack(reference, 4)
+    names = [piece.name for piece in whole.manifest.pieces]
+    thirds = [names[0::3], names[1::3], names[2::3]]
+    for number, kept in enumerate(thirds):
+        pieces = tuple(piece for piece in whole.manifest.pieces if piece.name in kept)
+        bucket = Parcel(dataclasses.replace(whole.manifest, pieces=pieces), whole.buffer)
+        host.call(update, [bucket], number == 0, number == 2)
+    assert canary_of(host, family, reference) < TOLERANCE
+
+
+def test_parts_that_do_not_make_a_whole_are_refused(planted: tuple[str, EngineHost]) -> None:
+    """One rank's shard left out, of an earlier hand-over, twice; a bucket twice."""
+    family, host = planted
+    one, other = shards(tiny.random_model(tiny.CONFIGS[family](), seed=8), 8)
+    old = Parcel(dataclasses.replace(one.manifest, version=7), one.buffer)
+    for parcels, complaint in (
+        ([one], "shards: of tensor .* only .* elements arrived"),
+        ([old, other], r"version: buffers of hand-overs \[7, 8\]"),
+        ([one, one, other], "duplicate: a piece of tensor .* arrived twice"),
+    ):
+        with pytest.raises(HandoverError, match=f"^{complaint}"):
+            host.call(update, parcels)
+    host.call(update, [one, other], True, False)
+    with pytest.raises(HandoverError, match=r"^duplicate: tensor .* had arrived in an earlier bucket"):
+        host.call(update, [one, other], False, True)
 
 
 def test_canary_error_is_infinite_for_nan() -> None:

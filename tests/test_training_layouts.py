@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedModel
 from alignment.config import TrainConfig
 from hybrid_engine import expert_parallel
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint
-from hybrid_engine.layout import expert_layout
 from hybrid_engine.loading import load_model
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, shard_model
 
@@ -226,40 +225,6 @@ def test_a_checkpoint_of_any_layout_continues_under_the_others(
 ) -> None:
     tolerance = 0.0 if source == target else 1e-6
     assert found["continued", source, target] == pytest.approx(found["uninterrupted", source], rel=tolerance, abs=0.0)
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((1, 8, 2), (1, 4, 2)), ((2, 4, 8), (1, 1, 8)), ((4, 2, 4), (2, 1, 4)), ((2, 4, 2), (2, 2, 2))],
-)
-def test_the_ranks_beside_the_experts_shard_or_replicate_them(shape: tuple, expected: tuple) -> None:
-    found = expert_layout(layout(shape))
-    assert (found.replicate, found.shard, found.parallel) == expected
-
-
-@pytest.mark.parametrize(
-    ("family", "shape", "part"),
-    [
-        ("llama", (1, 2, 2), "train.expert is 2, but llama has no routed experts"),
-        ("mixtral", (1, 8, 8), r"train.expert \(8\) does not divide the model's 4 routed experts"),
-        ("qwen3-moe", (1, 24, 8), "leaves 3 ranks to split each expert"),
-    ],
-)
-def test_layouts_that_do_not_fit_the_model_are_refused(family: str, shape: tuple, part: str) -> None:
-    with pytest.raises(ValueError, match=part):
-        expert_parallel.check_experts(layout(shape), tiny_model(family))
-
-
-@pytest.mark.parametrize(
-    ("shape", "part"),
-    [
-        ((1, 4, 3), r"`expert` \(3\) does not divide the 4 ranks of `replicate` x `shard`"),
-        ((3, 2, 3), "one must divide the other"),
-    ],
-)
-def test_layouts_that_do_not_divide_are_refused(shape: tuple, part: str) -> None:
-    with pytest.raises(ValueError, match=part):
-        layout(shape)
 
 
 def test_weights_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Ranks and what they hold: the arithmetic, and what does not divide."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pydantic import ValidationError
+from ranks import CONFIGS
+
+from alignment.config import TrainConfig
+from hybrid_engine.layout import expert_layout, misfits, rollout_ranks
+from rollout.config import RolloutConfig
+
+
+def layout(shape: tuple[int, int, int]) -> TrainConfig:
+    replicate, shard, expert = shape
+    return TrainConfig(replicate=replicate, shard=shard, expert=expert)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 8, 2), (1, 4, 2)), ((2, 4, 8), (1, 1, 8)), ((4, 2, 4), (2, 1, 4)), ((2, 4, 2), (2, 2, 2))],
+)
+def test_the_ranks_beside_the_experts_shard_or_replicate_them(shape: tuple, expected: tuple) -> None:
+    found = expert_layout(layout(shape))
+    assert (found.replicate, found.shard, found.parallel) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "part"),
+    [
+        ("llama", (1, 2, 2), "train.expert: llama has no routed experts to lay over 2 ranks"),
+        ("mixtral", (1, 8, 8), "train.expert: 8 ranks do not divide the model's 4 routed experts"),
+        (
+            "qwen3-moe",
+            (1, 24, 8),
+            "train.shard: `expert` 8 leaves 3 ranks to split each expert, and 3 does not divide 64",
+        ),
+        ("deepseek-v3", {"data": 3, "expert": True}, "rollout.expert: 3 ranks do not divide the model's 8"),
+        ("llama-tied", {"tensor": 2, "expert": True}, "rollout.expert: llama has no routed experts"),
+        ("llama", {"tensor": 3}, r"rollout.tensor: 3 does not divide the model's num_attention_heads \(4\)"),
+        ("llama", (1, 4, 1), None),
+        ("deepseek-v2", {"tensor": 4, "data": 2, "expert": True}, None),
+    ],
+)
+def test_layouts_that_do_not_fit_the_model_are_refused(family: str, shape: tuple | dict, part: str | None) -> None:
+    train, rollout = ({}, shape) if isinstance(shape, dict) else (layout(shape).model_dump(), {})
+    found = misfits(TrainConfig(**train), RolloutConfig(**rollout), CONFIGS[family].to_dict())
+    problems = [f"{section}.{key}: {problem}" for section, key, problem in found]
+    assert re.match(part, problems[0]) if part else not problems
+
+
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [
+        ((1, 4, 3), r"`expert` \(3\) does not divide the 4 ranks of `replicate` x `shard`"),
+        ((3, 2, 3), "one must divide the other"),
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused(shape: tuple, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        layout(shape)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"expert": True}, "`expert` needs an engine of several ranks"),
+        ({"data": 2}, "`data` above 1 needs `expert: true`"),
+        ({"tensor": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_layouts_that_make_no_sense_are_refused(layout: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RolloutConfig(**layout)
+
+
+def test_ranks_of_a_lane_follow_each_other() -> None:
+    places = rollout_ranks(RolloutConfig(replicas=2, tensor=2, data=2, expert=True))
+    assert [place.name for place in places][4:6] == ["rollout engine 1 rank 0", "rollout engine 1 rank 1"]
+    assert [place.lane for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [place.answers for place in places] == [True, False] * 4
+    assert [place.name for place in rollout_ranks(RolloutConfig(replicas=2))] == [
+        "rollout engine 0",
+        "rollout engine 1",
+    ]
