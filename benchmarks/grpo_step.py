@@ -28,6 +28,7 @@ from benchmarks.workload import Questions, Side, Work, describe, publish, set_en
 PHASES = {
     "generate": "generate",
     "handover": "hand-over, ours verified",
+    "canary": "canary, ours alone",
     "score": "score",
     "old_logprobs": "old log-probabilities",
     "train": "update",
@@ -80,7 +81,7 @@ def run_ours(work: Work, questions: Questions) -> None:
 
 
 def _our_step(metrics: dict[str, float]) -> dict[str, float]:
-    names = ("generate", "handover", "score", "train", "step")
+    names = ("generate", "handover", "canary", "score", "train", "step")
     return {name: metrics.get(f"time/{name}", 0.0) for name in names} | {
         "old_logprobs": 0.0,
         "length": metrics["completions/mean_length"],
@@ -89,7 +90,7 @@ def _our_step(metrics: dict[str, float]) -> dict[str, float]:
         # Absent where no group had signal: nothing was computed then.
         "max_difference": metrics.get("mismatch/max", 0.0),
         "p99_difference": metrics.get("mismatch/p99", 0.0),
-        "canary": metrics.get("handover/canary", 0.0),
+        "canary_error": metrics.get("handover/canary", 0.0),
     }
 
 
@@ -115,7 +116,7 @@ def report(ours: list[dict[str, float]], trl: list[dict[str, float]], trl_name: 
     rows.append(["largest difference of log-probabilities, sampler and trainer", *(f"{w:.1e}" for w in worst), ""])
     p99, mean = max(s["p99_difference"] for s in ours), statistics.fmean(s["mean_difference"] for s in trl)
     rows.append(["its 99th percentile (ours), its mean (TRL)", f"{p99:.1e}", f"{mean:.1e}", ""])
-    canary = max(step["canary"] for step in ours)
+    canary = max(step["canary_error"] for step in ours)
     rows.append(["largest difference at a hand-over's canary", f"{canary:.1e}", "none", ""])
     return table([f"seconds, median of {len(ours)} steps", "ours", trl_name, "ratio"], rows), ratio
 

@@ -134,7 +134,8 @@ def rollouts(work: Work) -> Iterator[Callable[[int], Round]]:
             prompts, sampling = prompts_of(work, step)
             begun = time.perf_counter()
             (groups,) = held.rollouts([(step, prompts)], sampling, scorer)
-            seconds = time.perf_counter() - begun - held.take_metrics()["time/handover"]
+            seconds, taken = time.perf_counter() - begun, held.take_metrics()
+            seconds -= taken["time/handover"] - taken["time/canary"]
             return seconds, sum(len(c.token_ids) for group in groups for c in group.completions)
 
         yield run

@@ -201,7 +201,7 @@ def _step(phases: dict[str, float], optimizer: float, metrics: dict[str, list[fl
     }
     known = {name: float(metrics[key][-1]) for name, key in names.items()}
     # The weights of step 1 are the engine's own: nothing is handed over there.
-    return {"handover": 0.0} | phases | {"train": training - prepare + optimizer} | known
+    return {"handover": 0.0, "canary": 0.0} | phases | {"train": training - prepare + optimizer} | known
 
 
 def main() -> None:

@@ -227,11 +227,10 @@ class HybridEngine:
 
     def _hand_over(self) -> None:
         """Bring the newest weights into every engine, verified."""
-        with self._timed("handover"):
-            parties = Parties(self._ranks, self._replicas, self._places)
-            found = hand_over(parties, self._version, self._buckets, self._canary, self.precision)
-        most = max(found["handover/canary"], self._metrics.get("handover/canary", 0.0))
-        self._metrics |= found | {"handover/canary": most}
+        parties = Parties(self._ranks, self._replicas, self._places)
+        for name, value in hand_over(parties, self._version, self._buckets, self._canary, self.precision).items():
+            before = self._metrics.get(name, 0.0)
+            self._metrics[name] = before + value if name.startswith("time/") else max(before, value)
         self._handed_over = self._version
 
     def _call_ranks(self, call: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +44,14 @@ class Parties:
 def hand_over(
     parties: Parties, version: int, buckets: int, canary: Sequence[np.ndarray], precision: str
 ) -> dict[str, float]:
-    """Send the weights as they are now; `handover/bytes`, and `handover/canary`: the largest difference found.
+    """Send the weights as they are now; `handover/bytes`, `handover/canary` (the largest difference found), and the
+    seconds `time/handover` and `time/canary` (what the comparison takes beyond them).
 
     While a bucket is loaded the next one is packed, and is published after it: at no time are there more than two.
     canary: prompts [T] whose next tokens trainer and engines compare, at the limit of `precision`.
     Raises WorkerError with the check that failed, CanaryError where an engine computes something else.
     """
-    nbytes = 0
+    nbytes, begun = 0, time.perf_counter()
     packing = parties.train(lambda rank: rank.pack.remote(version, 0))
     for bucket in range(buckets):
         publishing = parties.train(lambda rank: rank.publish.remote())
@@ -64,8 +66,10 @@ def hand_over(
             computed = parties.sample(lambda rank: rank.canary.remote(canary))
         del publishing, sent  # the references: what was loaded is freed
         wait_all(receiving, parties.training)
+    loaded = time.perf_counter()
     largest = _compare(wait_all(computed, parties.training), wait_all(expected)[0], parties, version, precision)
-    return {"handover/bytes": float(nbytes), "handover/canary": largest}
+    seconds = {"time/handover": loaded - begun, "time/canary": time.perf_counter() - loaded}
+    return {"handover/bytes": float(nbytes), "handover/canary": largest} | seconds
 
 
 def _deliver(parties: Parties, sent: Sequence[Sent], *, first: bool, last: bool) -> dict[str, ObjectRef]:
