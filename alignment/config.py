@@ -60,6 +60,8 @@ class TrainConfig(Config):
     """Recompute each layer in the backward pass to save memory."""
     routing_replay: bool = False
     """Compute each sampled token with the experts that the sampler chose for it (R3)."""
+    router: Literal["train", "freeze"] = "train"
+    """Whether the routers' own weights are trained."""
     balance: dict[BalanceKey, float] = Field(default_factory=dict)
     """DeepSeek-V2's losses, e.g. {expert: 0.003, device: 0.05, communication: 0.02, devices: 4, limit: 2} (D, M)."""
 
@@ -126,6 +128,8 @@ class StageConfig(OptimizerConfig):
     """Name of the stage; its kind (`sft`, `grpo`) by default."""
     from_: str | None = Field(None, alias="from")
     """Stage whose final weights this one starts from (default: the last policy stage, else the model)."""
+    capacity: float | None = Field(None, gt=0)
+    """Drop tokens above this share of a device's mean load in training (paper: 1.0); needs `train.balance.devices`."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints from which the run can resume; the newest is kept until the stage has ended."""
 

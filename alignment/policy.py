@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 
@@ -111,7 +111,7 @@ class RankPolicy:
             return None
         loads = []
         for batch in batches:
-            self._compute(batch, temperature)
+            self._compute(batch, temperature, training=True)
             loads.append(self.routing.load())
         self.after_forward()
         load = reduce(add, loads)
@@ -121,8 +121,11 @@ class RankPolicy:
         return self.routing.balance.weights(load) / load.tokens
 
     def _backward(self, rows: Sequence[RankRow], batch: MicroBatch, loss: Loss, temperature: float) -> np.ndarray:
-        computed = self._compute(batch, temperature)
+        computed = self._compute(batch, temperature, training=True)
         inputs, sampler_C = self._loss_inputs(rows, batch, computed.logprobs)
+        sampled, lost_C = not np.isnan(sampler_C).all(), self._lost(batch)
+        if sampled and lost_C is not None:  # computed without some of its experts, it is not what was sampled
+            inputs = replace(inputs, weights=inputs.weights.masked_fill(lost_C, 0))
         outputs = loss(inputs)
         objective = outputs.loss
         if self._balance is not None:
@@ -139,13 +142,22 @@ class RankPolicy:
                 self._add("mismatch/experts", differing)
         for name, value in outputs.sums.items():
             self._add(name, value)
-        if np.isnan(sampler_C).all():
+        if not sampled:
             return np.empty(0, np.float32)
-        return inputs.old_logprobs.detach().cpu().numpy() - sampler_C
+        mismatch_C = inputs.old_logprobs.detach().cpu().numpy() - sampler_C
+        return mismatch_C if lost_C is None else mismatch_C[~lost_C.cpu().numpy()]
 
-    def _compute(self, batch: MicroBatch, temperature: float) -> TokenLogprobs:
+    def _lost(self, batch: MicroBatch) -> torch.Tensor | None:
+        """[C] bool: the token was computed with an expert dropped; None where nothing is."""
+        if self.routing is None or not self.routing.drops:
+            return None
+        lost_C = self.routing.lost[torch.from_numpy(batch.sources[batch.edges]).to(self.model.device)]
+        self._add("tokens/dropped", lost_C.sum())
+        return lost_C
+
+    def _compute(self, batch: MicroBatch, temperature: float, *, training: bool = False) -> TokenLogprobs:
         if self.routing is not None:
-            self.routing.start(batch, self.model.device)
+            self.routing.start(batch, self.model.device, training=training)
         return token_logprobs(self.model, batch, temperature)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -260,7 +272,8 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     """The metrics of an update, from every rank's part.
 
     `loss` and the loss's own sums as they add up; `entropy` (nats, mean over tokens); `grad_norm`; `tokens/loss`,
-    `tokens/computed`. Where the rows were sampled: `mismatch/k3` (KL from sampler to trainer, mean over tokens),
+    `tokens/computed`; `tokens/dropped` of a stage with `capacity`: loss-carrying tokens computed without some of their
+    experts. Where the rows were sampled: `mismatch/k3` (KL from sampler to trainer, mean over tokens),
     `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|), `mismatch/experts` (share of the computed
     tokens whose experts differ from the sampler's). Of a MoE: `experts/*` as `Load.metrics` says.
     """

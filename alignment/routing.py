@@ -15,28 +15,40 @@ from transformers import PreTrainedModel
 
 from alignment.balance import Balance, Load, count
 from alignment.config import TrainConfig
+from alignment.dropping import Dropping, exempt_nodes
 from alignment.tree import MicroBatch
 
 
-def make_routing(model: PreTrainedModel, config: TrainConfig) -> Routing:
-    """What the recipe asks of the policy's routers."""
+def make_routing(model: PreTrainedModel, config: TrainConfig, capacity: float | None = None) -> Routing:
+    """What the recipe asks of the policy's routers, and the stage with its `capacity` of a device."""
     given = config.balance
+    dropping = None if capacity is None else Dropping(capacity, int(given.get("devices", 1)))
     balance = Balance(
         *(given.get(loss, 0.0) for loss in ("expert", "device", "communication")),
         devices=int(given.get("devices", 1)),
         limit=int(given.get("limit", 1)),
     )
-    return Routing(model, replay=config.routing_replay, balance=balance if given else None)
+    for router in routers_of(model).values():
+        router.requires_grad_(config.router == "train")
+    return Routing(model, replay=config.routing_replay, balance=balance if given else None, dropping=dropping)
+
+
+def routers_of(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The modules that choose experts, by name, in the order of their layers."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if type(module).__name__.lower().endswith("topkrouter")}
 
 
 class Routing:
     """Hooks on every router of a model. `start` comes before a micro-batch's forward, and what it sets stays until its
     backward has ended (where layers are recomputed); `stop` before a forward that is none of the policy's batches."""
 
-    def __init__(self, model: PreTrainedModel, *, replay: bool, balance: Balance | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, replay: bool, balance: Balance | None = None, dropping: Dropping | None = None
+    ) -> None:
         """Raises ValueError for a replay or a balance that this model cannot have."""
-        named = [(n, m) for n, m in model.named_modules() if type(m).__name__.lower().endswith("topkrouter")]
-        routers = [router for _, router in named]
+        named = routers_of(model)
+        routers = list(named.values())
         if replay and not routers:
             raise ValueError(
                 f"train.routing_replay: {type(model).__name__} has no routers that are known; leave it out"
@@ -48,21 +60,24 @@ class Routing:
         ]
         if experts:
             raise ValueError(f"train.balance: {balance.devices} devices do not divide {experts[0]} experts")
-        self.replay, self.balance = replay, balance
+        self.replay, self.balance, self.drops, self._dropping = replay, balance, dropping is not None, dropping
         self._layers = len(routers)
         # vLLM's own record has an entry for every decoder layer, dense ones included.
-        self._numbers = [next(int(part) for part in name.split(".") if part.isdigit()) for name, _ in named]
+        self._numbers = [next(int(part) for part in name.split(".") if part.isdigit()) for name in named]
         self._decoder_layers = model.config.get_text_config().num_hidden_layers if routers else 0
         self._batch: tuple[torch.Tensor | None, torch.Tensor] | None = None
         self._differs: torch.Tensor | None = None
+        self._exempt: torch.Tensor | None = None
+        self.lost = torch.empty(0, dtype=torch.bool)
         self._counts: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * self._layers
         self._affinities: list[torch.Tensor] = [torch.empty(0)] * self._layers
         self._normalised: dict[int, bool] = {}
         for layer, router in enumerate(routers):
             router.register_forward_hook(partial(self._hook, layer))
 
-    def start(self, batch: MicroBatch, device: torch.device) -> None:
-        """Raises ValueError where a record is to be replayed that has another number of layers."""
+    def start(self, batch: MicroBatch, device: torch.device, *, training: bool = False) -> None:
+        """Raises ValueError where a record is to be replayed that has another number of layers. training: tokens may
+        be dropped; `lost` [N] then says which have."""
         routes = None if batch.routes is None else torch.from_numpy(batch.routes).to(device).long()
         if routes is not None and routes.shape[1] == self._decoder_layers:
             routes = routes[:, self._numbers]
@@ -73,6 +88,10 @@ class Routing:
             routes = None
         self._batch = routes, torch.from_numpy(batch.copies).to(device).double()
         self._differs = None if routes is None else torch.zeros(len(routes), dtype=torch.bool, device=device)
+        self._exempt = None
+        if training and self._dropping is not None:
+            self._exempt = torch.from_numpy(exempt_nodes(batch.token_ids, batch.lengths)).to(device)
+        self.lost = torch.zeros(len(batch.token_ids), dtype=torch.bool, device=device)
 
     def stop(self) -> None:
         """Leave the forward passes that follow alone."""
@@ -106,6 +125,10 @@ class Routing:
                 used = torch.where(known, recorded, ids)
                 output = logits, torch.where(known, self._gates(layer, router, output, used), gates), used
             self._differs |= (output[2].sort(-1).values != recorded.sort(-1).values).any(-1)
+        if self._exempt is not None:
+            lost = self._dropping.dropped(_scores(router, logits).detach(), output[2], self._exempt)
+            self.lost |= lost.any(-1)
+            output = logits, output[1].masked_fill(lost, 0), output[2]
         # Set and not added: a layer that is recomputed comes here twice.
         self._counts[layer] = count(output[2], copies, logits.shape[-1], self.balance.devices if self.balance else 1)
         if self.balance is not None:

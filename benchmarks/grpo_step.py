@@ -66,7 +66,7 @@ def run_ours(work: Work, questions: Questions) -> None:
     batches = (prompts[start : start + work.prompts] for start in range(0, len(prompts), work.prompts))
     sampling = Sampling(work.completions, work.max_new_tokens, 1.0, work.seed)
     rollout = RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
-    engine = HybridEngine(folder, TrainConfig(), rollout, seed=work.seed)
+    engine = HybridEngine(folder, TrainConfig(routing_replay=work.routing_replay), rollout, seed=work.seed)
     try:
         engine.load(folder, folder, config)
         with RewardPool([reward], Path()) as scorer:
@@ -90,17 +90,18 @@ def _our_step(metrics: dict[str, float]) -> dict[str, float]:
         # Absent where no group had signal: nothing was computed then.
         "max_difference": metrics.get("mismatch/max", 0.0),
         "p99_difference": metrics.get("mismatch/p99", 0.0),
+        "mean_difference": float("nan"),
         "canary_error": metrics.get("handover/canary", 0.0),
     }
 
 
-def report(ours: list[dict[str, float]], trl: list[dict[str, float]], trl_name: str) -> tuple[str, float]:
-    """Medians of every phase as a Markdown table with what makes them comparable below it; TRL / ours of the step."""
-    for step in (*ours, *trl):
+def report(ours: list[dict[str, float]], other: list[dict[str, float]], against: str) -> tuple[str, float]:
+    """Medians of every phase as a Markdown table with what makes them comparable below it; other / ours of the step."""
+    for step in (*ours, *other):
         step["other"] = step["step"] - sum(step[name] for name in PHASES if name not in ("step", "other"))
 
     def medians(name: str) -> tuple[float, float]:
-        first, second = (statistics.median(step[name] for step in side) for side in (ours, trl))
+        first, second = (statistics.median(step[name] for step in side) for side in (ours, other))
         return first, second
 
     rows = []
@@ -108,17 +109,17 @@ def report(ours: list[dict[str, float]], trl: list[dict[str, float]], trl_name: 
         mine, theirs = medians(name)
         rows.append([title, f"{mine:.3f}", f"{theirs:.3f}", f"{theirs / mine:.2f}" if mine > 1e-4 else ""])
     ratio = float(medians("step")[1] / medians("step")[0])
-    spread = [_quartiles(side) for side in (ours, trl)]
+    spread = [_quartiles(side) for side in (ours, other)]
     rows.append(["quartiles of the step", *spread, ""])
     for name, title in MEANS.items():
-        rows.append([title, *(f"{statistics.fmean(step[name] for step in side):.3f}" for side in (ours, trl)), ""])
-    worst = [max(step["max_difference"] for step in side) for side in (ours, trl)]
+        rows.append([title, *(f"{statistics.fmean(step[name] for step in side):.3f}" for side in (ours, other)), ""])
+    worst = [max(step["max_difference"] for step in side) for side in (ours, other)]
     rows.append(["largest difference of log-probabilities, sampler and trainer", *(f"{w:.1e}" for w in worst), ""])
-    p99, mean = max(s["p99_difference"] for s in ours), statistics.fmean(s["mean_difference"] for s in trl)
+    p99, mean = max(s["p99_difference"] for s in ours), statistics.fmean(s["mean_difference"] for s in other)
     rows.append(["its 99th percentile (ours), its mean (TRL)", f"{p99:.1e}", f"{mean:.1e}", ""])
     canary = max(step["canary_error"] for step in ours)
-    rows.append(["largest difference at a hand-over's canary", f"{canary:.1e}", "none", ""])
-    return table([f"seconds, median of {len(ours)} steps", "ours", trl_name, "ratio"], rows), ratio
+    rows.append(["largest difference at a hand-over's canary", f"{canary:.1e}", "", ""])
+    return table([f"seconds, median of {len(ours)} steps", "ours", against, "ratio"], rows), ratio
 
 
 def _quartiles(side: list[dict[str, float]]) -> str:
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our rollout engine")
+    parser.add_argument("--against", choices=("trl", "replay"), default="trl", help="TRL, or ours with routing replay")
     parser.add_argument("--output", type=Path, help="append the report to this Markdown file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -146,16 +148,23 @@ def main() -> None:
         folder, here = Path(name), Path(__file__)
         model = args.model or train_sft(folder / "sft", args.sft_steps, args.set)
         work = Work(str(model.resolve()), args.warmup + 3 * args.steps)
-        mine, theirs = json.dumps(asdict(replace(work, dtype=args.dtype))), json.dumps(asdict(work))
+        mine, theirs = replace(work, dtype=args.dtype), json.dumps(asdict(work))
+        other, against = (
+            [here.with_name("trl_side.py"), [theirs]],
+            "TRL" if args.dtype == "float32" else "TRL (float32)",
+        )
+        if args.against == "replay":
+            replayed = json.dumps(asdict(replace(mine, routing_replay=True)))
+            other, against = [here, ["--side", replayed]], "ours with routing replay"
         sides = {
-            "ours": Side("ours", here, ["--side", mine], folder / "ours.log"),
-            "trl": Side("TRL", here.with_name("trl_side.py"), [theirs], folder / "trl.log"),
+            "ours": Side("ours", here, ["--side", json.dumps(asdict(mine))], folder / "ours.log"),
+            "other": Side(against, *other, folder / "other.log"),
         }
         for side in sides.values():
             stack.callback(side.close)
         steps, disturbed = take_turns(sides, args.steps, args.warmup)
-        text, ratio = report(steps["ours"], steps["trl"], "TRL" if args.dtype == "float32" else "TRL (float32)")
-        text = f"{describe(replace(work, dtype=args.dtype))}\n\n{text}\n\n**TRL / ours: {ratio:.2f}**\n"
+        text, ratio = report(steps["ours"], steps["other"], against)
+        text = f"{describe(mine)}\n\n{text}\n\n**{against} / ours: {ratio:.2f}**\n"
         if disturbed:
             text += f"\n{disturbed} of {args.steps} steps were disturbed by other programs: measure again.\n"
         publish("GRPO step", text, args.output)

@@ -24,7 +24,7 @@ import numpy as np
 import ray
 
 import hybrid_engine.engine as engine_module
-from alignment.config import InitConfig, OptimizerConfig, TrainConfig
+from alignment.config import InitConfig, StageConfig, TrainConfig
 from alignment.model import build_model, save_model_dir
 from alignment.presets import preset_config, train_tokenizer
 from benchmarks.workload import machine_line, publish, set_environment, table
@@ -139,7 +139,7 @@ def measure(path: Path, train: str, rollout: str, rounds: int, bucket_mb: int) -
     engines = RolloutConfig(max_length=64, max_num_seqs=8, memory=0.1, bucket_mb=bucket_mb, **ROLLOUT[rollout])
     engine = engine_module.HybridEngine(path, TrainConfig(**TRAIN[train]), engines, seed=0)
     try:
-        engine.load(path, path, OptimizerConfig())
+        engine.load(path, path, StageConfig())
         taken = []
         for _ in range(rounds + 1):
             engine._hand_over()

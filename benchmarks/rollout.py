@@ -118,7 +118,7 @@ def engine(work: Work) -> Iterator[Callable[[int], Round]]:
 @contextmanager
 def rollouts(work: Work) -> Iterator[Callable[[int], Round]]:
     """The hybrid engine: weights handed over once, then prompts in, scored groups out."""
-    from alignment.config import OptimizerConfig, TrainConfig
+    from alignment.config import StageConfig, TrainConfig
     from hybrid_engine.engine import HybridEngine
     from rewards.config import RewardConfig
     from rewards.pool import RewardPool
@@ -127,7 +127,7 @@ def rollouts(work: Work) -> Iterator[Callable[[int], Round]]:
     with ExitStack() as stack:
         held = HybridEngine(folder, TrainConfig(), rollout_config(work), seed=work.seed)
         stack.callback(held.close)
-        held.load(folder, folder, OptimizerConfig())
+        held.load(folder, folder, StageConfig())
         scorer = stack.enter_context(RewardPool([RewardConfig(function="rewards.exact_match:exact_match")], Path()))
 
         def run(step: int) -> Round:

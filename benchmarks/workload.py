@@ -36,6 +36,7 @@ class Work:
     completions: int = 8
     max_new_tokens: int = 16
     max_length: int = 128
+    routing_replay: bool = False
     # Small, so that both sides keep sampling completions of the lengths they started with.
     learning_rate: float = 1e-6
 

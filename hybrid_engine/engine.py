@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
+from ray.util.placement_group import PlacementGroup
 from transformers import AutoConfig
 
 from alignment.batch import split_over_ranks
-from alignment.config import OptimizerConfig, TrainConfig
+from alignment.config import StageConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
 from hybrid_engine.hand_over import CANARY_LIMIT, Parties, hand_over
 from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
 from hybrid_engine.layout import misfits, rollout_ranks
-from hybrid_engine.placement import actor, start_ray
+from hybrid_engine.placement import actor, devices, reserve, start_ray
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
 from hybrid_engine.sampler import ReplicaSampler
 from hybrid_engine.train_worker import TrainWorker
@@ -38,7 +38,7 @@ from rewards.base import Scorer
 from rollout.config import RolloutConfig
 from rollout.sampler import Sampling
 from rollout.types import Group, Handle, Prompt, Scores
-from rollout.vllm.environment import environment
+from rollout.vllm.environment import environment, installed
 
 
 class HybridEngine:
@@ -54,6 +54,7 @@ class HybridEngine:
         self._looked = time.monotonic()
         self._ranks: dict[str, Any] = {}
         self._replicas: dict[str, Any] = {}
+        self._group: PlacementGroup | None = None
         model = AutoConfig.from_pretrained(model_dir).get_text_config().to_dict()
         for section, key, problem in misfits(train, rollout, model):
             raise ValueError(f"{section}.{key}: {problem}")
@@ -65,17 +66,22 @@ class HybridEngine:
             raise
 
     def _start(self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, seed: int) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._places = rollout_ranks(rollout)
+        self._places, device = rollout_ranks(rollout), installed().device
+        training, sampling = devices(train, rollout)
+        if device == "cuda":
+            self._group = reserve(len({*training, *sampling}))
+        share = 1.0 if rollout.placement == "split" else 0.5
+
+        def start(cls: type, processes: int, variables: dict[str, str], at: int, *arguments: Any) -> Any:
+            return actor(cls, processes, variables, self._group, at, share).remote(*arguments)
+
         self._ranks = {
-            f"training rank {rank}": actor(TrainWorker, train.world, {}).remote(rank, train, device)
-            for rank in range(train.world)
+            f"training rank {rank}": start(TrainWorker, train.world, {}, at, rank, train, device)
+            for rank, at in enumerate(training)
         }
         self._replicas = {
-            place.name: actor(RolloutWorker, len(self._places), environment(rollout, place.rank)).remote(
-                place.rank, rollout
-            )
-            for place in self._places
+            place.name: start(RolloutWorker, len(sampling), environment(rollout, place.rank), at, place.rank, rollout)
+            for place, at in zip(self._places, sampling, strict=True)
         }
         leaders = [next(iter(self._ranks)), *(place.name for place in self._places if place.rank == 0)]
         meet, *meets = wait_all({name: (self._ranks | self._replicas)[name].address.remote() for name in leaders})
@@ -90,13 +96,11 @@ class HybridEngine:
 
     # -- a stage -----------------------------------------------------------------------------------------------
 
-    def load(
-        self, model_dir: Path, tokenizer_dir: Path, optimizer: OptimizerConfig, reference_dir: Path | None = None
-    ) -> None:
+    def load(self, model_dir: Path, tokenizer_dir: Path, stage: StageConfig, reference_dir: Path | None = None) -> None:
         """Begin a stage from the weights in `model_dir`, with a new optimiser."""
         rollout = self._rollout_config
         self._buckets = self._call_ranks(
-            lambda rank: rank.load.remote(model_dir, tokenizer_dir, optimizer, rollout, reference_dir)
+            lambda rank: rank.load.remote(model_dir, tokenizer_dir, stage, rollout, reference_dir)
         )[0]
         self._version += 1
 
@@ -220,6 +224,8 @@ class HybridEngine:
         if ray.is_initialized():
             for worker in (*self._ranks.values(), *self._replicas.values()):
                 ray.kill(worker)
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
         if self._started_ray:
             ray.shutdown()
 

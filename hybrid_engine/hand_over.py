@@ -52,15 +52,13 @@ def hand_over(
     Raises WorkerError with the check that failed, CanaryError where an engine computes something else.
     """
     nbytes, begun = 0, time.perf_counter()
-    packing = parties.train(lambda rank: rank.pack.remote(version, 0))
     for bucket in range(buckets):
-        publishing = parties.train(lambda rank: rank.publish.remote())
-        wait_all(packing, parties.rollout)
-        sent: list[Sent] = [parcel for parcels in wait_all(publishing) for parcel in parcels]
+        publishing = parties.train(lambda rank, number=bucket: rank.publish.remote(version, number))
+        sent: list[Sent] = [parcel for parcels in wait_all(publishing, parties.rollout) for parcel in parcels]
         nbytes += sum(parcel.manifest.nbytes for parcel in sent)
         receiving = _deliver(parties, sent, first=bucket == 0, last=bucket + 1 == buckets)
         if bucket + 1 < buckets:
-            packing = parties.train(lambda rank, after=bucket + 1: rank.pack.remote(version, after))
+            parties.train(lambda rank, number=bucket + 1: rank.pack.remote(version, number))
         else:
             expected = parties.train(lambda rank: rank.canary.remote(canary))
             computed = parties.sample(lambda rank: rank.canary.remote(canary))

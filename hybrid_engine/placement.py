@@ -1,4 +1,4 @@
-"""Ray, and its actors: how many threads and devices each gets, and where ranks meet."""
+"""Ray, and its actors: which device and how many threads each gets, and where ranks meet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 from typing import Any
 
 import ray
-import torch
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from alignment.config import TrainConfig
+from rollout.config import RolloutConfig
 
 
 def start_ray(address: str | None) -> bool:
@@ -22,13 +26,37 @@ def start_ray(address: str | None) -> bool:
     return True
 
 
-def actor(cls: type, processes: int, variables: dict[str, str]) -> Any:
+def devices(train: TrainConfig, rollout: RolloutConfig) -> tuple[range, range]:
+    """The device of every training and of every rollout rank: the same ones for both, or with `split` each its own."""
+    first = train.world if rollout.placement == "split" else 0
+    return range(train.world), range(first, first + rollout.world * rollout.replicas)
+
+
+def reserve(count: int) -> PlacementGroup:
+    """`count` CUDA devices of the cluster, on as few hosts as can be. Raises ValueError where it has fewer."""
+    available = int(ray.cluster_resources().get("GPU", 0))
+    if count > available:
+        raise ValueError(
+            f"train and rollout need {count} CUDA devices, the cluster has {available}: fewer ranks, or"
+            " `rollout.placement: colocated`"
+        )
+    group = ray.util.placement_group([{"GPU": 1}] * count, strategy="PACK")
+    ray.get(group.ready())
+    return group
+
+
+def actor(
+    cls: type, processes: int, variables: dict[str, str], group: PlacementGroup | None, device: int, share: float
+) -> Any:
     """The actor class, one of `processes` that run at the same time, with its environment: thread counts must be there
-    before torch is imported."""
+    before torch is imported. It gets a `share` of a device of the group; without a group there are none."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+    if group is not None:
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=device)
+        options |= {"num_gpus": share, "scheduling_strategy": strategy}
     environment_variables = {"OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"} | variables
-    gpus = 0.5 if torch.cuda.is_available() else 0
-    return ray.remote(cls).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_variables})
+    return ray.remote(cls).options(**options, runtime_env={"env_vars": environment_variables})
 
 
 def free_address() -> tuple[str, int]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from alignment.config import OptimizerConfig, TrainConfig
+from alignment.config import StageConfig, TrainConfig
 from alignment.policy import RankPolicy, RankRow, UpdateStats
 from alignment.protocols import Loss, TrainRow
 from alignment.routing import make_routing
@@ -26,7 +26,7 @@ from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes
 from hybrid_engine.weight_sync import Receiver, WeightPacker
 from rollout.config import RolloutConfig
 from rollout.types import Handle
-from rollout.weights import WeightManifest
+from rollout.weights import Parcel, WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class TrainWorker:
         self._policy: RankPolicy | None = None
         self._reference: RankPolicy | None = None
         self._packer: WeightPacker | None = None
+        self._packed: tuple[tuple[int, int], dict[Receiver, Parcel]] | None = None
 
     def pid(self) -> int:
         """Process id, for those who watch or kill it."""
@@ -71,23 +72,23 @@ class TrainWorker:
         self,
         model_dir: Path,
         tokenizer_dir: Path,
-        optimizer: OptimizerConfig,
+        stage: StageConfig,
         rollout: RolloutConfig,
         reference_dir: Path | None,
     ) -> int:
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
         Returns the number of buckets of a hand-over."""
-        self._packer = self._reference = self._policy = None
-        self._policy = self._build(model_dir, optimizer)
-        self._policy.routing = make_routing(self._policy.model, self._config)
+        self._packer = self._packed = self._reference = self._policy = None
+        self._policy = self._build(model_dir, stage)
+        self._policy.routing = make_routing(self._policy.model, self._config, stage.capacity)
         if reference_dir is not None:
-            self._reference = self._build(reference_dir, optimizer)
+            self._reference = self._build(reference_dir, stage)
             self._reference.model.requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         self._packer = WeightPacker(self._policy.model, rollout)
         return self._packer.buckets
 
-    def _build(self, model_dir: Path, config: OptimizerConfig) -> RankPolicy:
+    def _build(self, model_dir: Path, config: StageConfig) -> RankPolicy:
         model = load_model(model_dir, self._config, self._meshes, self._device)
         optimizer = torch.optim.AdamW(
             [{"params": group} for group in parameter_groups(model)],
@@ -132,15 +133,26 @@ class TrainWorker:
     def pack(self, version: int, bucket: int) -> None:
         """Pack this rank's part of a bucket, to be published next."""
         assert self._packer is not None, "load() comes first"
-        self._packed = self._packer.pack(version, bucket)
+        self._packed = (version, bucket), self._packer.pack(version, bucket)
 
-    def publish(self) -> list[Sent]:
-        """Put what was packed last into the object store: a copy, so that the next bucket can be packed meanwhile."""
-        return [Sent(key, parcel.manifest, ray.put(parcel.buffer)) for key, parcel in self._packed.items()]
+    def publish(self, version: int, bucket: int) -> list[Sent]:
+        """Put a bucket, packed ahead or now, into the object store: a copy, so that the next can be packed meanwhile."""
+        if self._packed is None or self._packed[0] != (version, bucket):
+            self.pack(version, bucket)
+        _, parcels = self._packed
+        return [Sent(key, parcel.manifest, ray.put(parcel.buffer)) for key, parcel in parcels.items()]
 
     def canary(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
-        """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V]."""
-        return self._loaded.next_token_logprobs(prompts)
+        """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V].
+
+        On one thread: the engines are loading, and a second one would take turns with theirs.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._loaded.next_token_logprobs(prompts)
+        finally:
+            torch.set_num_threads(threads)
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Write all that a resumed stage needs; `extra` is the driver's."""

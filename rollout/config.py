@@ -48,6 +48,8 @@ class RolloutConfig(Config):
     """Such groups of ranks in an engine: each samples other prompts, the experts lie over all of them."""
     expert: bool = False
     """Lay the routed experts whole over all ranks of an engine (expert parallelism) instead of splitting each."""
+    placement: Literal["colocated", "split"] = "colocated"
+    """CUDA devices of the engines: those of the training ranks, which share them, or their own."""
     bucket_mb: int = Field(256, ge=1)
     """MiB of weights that a hand-over moves at a time; a single tensor may be larger."""
     max_num_seqs: int = Field(256, ge=1)

@@ -21,7 +21,8 @@ class PlantedTrainer(TrainWorker):
         super().pack(version, bucket)
         changes = {"swap_experts": _swap_experts, "stale_tensor": self._stale}
         change = changes.get(self.__dict__.get("_fault"), self._keep)
-        self._packed = {key: change(Parcel(sent.manifest, sent.buffer.copy())) for key, sent in self._packed.items()}
+        which, parcels = self._packed
+        self._packed = which, {key: change(Parcel(p.manifest, p.buffer.copy())) for key, p in parcels.items()}
 
     def _keep(self, sent: Parcel) -> Parcel:
         self._kept = sent.buffer

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import ray
 from pydantic import ValidationError
 from ranks import CONFIGS
 
 from alignment.config import TrainConfig
+from hybrid_engine import placement
 from hybrid_engine.layout import expert_layout, misfits, rollout_ranks
+from hybrid_engine.placement import devices, reserve
 from rollout.config import RolloutConfig
 
 
@@ -74,6 +78,27 @@ def test_layouts_that_do_not_divide_are_refused(shape: tuple, part: str) -> None
 def test_layouts_that_make_no_sense_are_refused(layout: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RolloutConfig(**layout)
+
+
+def test_ranks_share_devices_or_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = TrainConfig(shard=4)
+    assert devices(train, RolloutConfig(tensor=2)) == (range(4), range(2))
+    assert devices(train, RolloutConfig(tensor=2, replicas=3, placement="split")) == (range(4), range(4, 10))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0})
+    with pytest.raises(ValueError, match="need 10 CUDA devices, the cluster has 8"):
+        reserve(10)
+
+
+def test_an_actor_gets_its_share_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict = {}
+    monkeypatch.setattr(ray, "remote", lambda cls: SimpleNamespace(options=lambda **options: asked.update(options)))
+    monkeypatch.setattr(placement, "PlacementGroupSchedulingStrategy", lambda group, **at: (group, at))
+    placement.actor(object, 1, {}, "group", 3, 0.5)
+    assert asked["num_gpus"] == 0.5
+    assert asked["scheduling_strategy"] == ("group", {"placement_group_bundle_index": 3})
+    asked.clear()
+    placement.actor(object, 1, {}, None, 3, 0.5)
+    assert asked["num_gpus"] == 0 and "scheduling_strategy" not in asked
 
 
 def test_ranks_of_a_lane_follow_each_other() -> None:
