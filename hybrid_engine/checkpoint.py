@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,41 @@ def step_dir(checkpoints: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, extra: dict[str, Any]
-) -> None:
+    path: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> Future[None]:
     """Write weights, optimiser state, every rank's random states and rank 0's `extra` to `path`, atomically.
 
-    extra: plain values, containers and tensors. The checkpoint may be loaded by another number of ranks.
+    Training may go on at once: a copy is written, in the background, and rank 0's future is done when `path` is there;
+    older checkpoints beside it are then deleted. extra: plain values, containers and tensors. The checkpoint may be
+    loaded by another number of ranks. group: gloo, of all ranks, for this alone (default: all ranks' own group, in
+    which nothing else may happen meanwhile).
     """
-    rank = dist.get_rank()
-    with atomic_directory(path) if rank == 0 else nullcontext(unfinished(path)) as folder:
-        dist.barrier()  # the folder is there
-        weights, states = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / "shards")
-        torch.save(_random_states(), folder / f"random-{rank}.pt")
+    rank, stack = dist.get_rank(), ExitStack()
+    folder = stack.enter_context(atomic_directory(path)) if rank == 0 else unfinished(path)
+    dist.barrier()  # the folder is there
+    weights, states = get_state_dict(model, optimizer)
+    written = dcp.async_save(
+        {"model": weights, "optimizer": states}, checkpoint_id=folder / "shards", process_group=group
+    )
+    torch.save(_random_states(), folder / f"random-{rank}.pt")
+    if rank == 0:
+        torch.save(extra, folder / "extra.pt")
+    dist.barrier()  # every rank's random states are there
+
+    def finish() -> None:
+        with stack:
+            written.result()  # rank 0's comes when every rank has written
         if rank == 0:
-            torch.save(extra, folder / "extra.pt")
-        dist.barrier()  # every rank has written
-    dist.barrier()
+            prune(path.parent, keep=1)
+
+    background = ThreadPoolExecutor(1)
+    finished = background.submit(finish)
+    background.shutdown(wait=False)
+    return finished
 
 
 def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -105,9 +105,15 @@ class HybridEngine:
         self._version += 1
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
-        """Write what a resumed stage needs, `extra` included, atomically."""
+        """Begin to write what a resumed stage needs, `extra` included, atomically; training may go on meanwhile. Of
+        the checkpoints beside it the newest stays."""
         with self._timed("checkpoint"):
             self._call_ranks(lambda rank: rank.save_checkpoint.remote(path, extra))
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written."""
+        with self._timed("checkpoint"):
+            self._call_ranks(lambda rank: rank.finish_checkpoint.remote())
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of the loaded stage; its `extra`."""

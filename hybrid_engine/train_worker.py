@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ class TrainWorker:
         self._policy: RankPolicy | None = None
         self._reference: RankPolicy | None = None
         self._packer: WeightPacker | None = None
+        self._saving: Future[None] | None = None
         self._packed: tuple[tuple[int, int], dict[Receiver, Parcel]] | None = None
 
     def pid(self) -> int:
@@ -66,6 +68,7 @@ class TrainWorker:
             "WORLD_SIZE": str(self._config.world),
         }
         dist.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
+        self._background = dist.new_group(backend="gloo")  # checkpoints are written while training goes on
         self._meshes = make_meshes(self._config, self._device.type)
 
     def load(
@@ -136,7 +139,7 @@ class TrainWorker:
         self._packed = (version, bucket), self._packer.pack(version, bucket)
 
     def publish(self, version: int, bucket: int) -> list[Sent]:
-        """Put a bucket, packed ahead or now, into the object store: a copy, so that the next can be packed meanwhile."""
+        """Put a bucket, packed ahead or now, into the object store: a copy, the next one can be packed meanwhile."""
         if self._packed is None or self._packed[0] != (version, bucket):
             self.pack(version, bucket)
         _, parcels = self._packed
@@ -155,8 +158,15 @@ class TrainWorker:
             torch.set_num_threads(threads)
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
-        """Write all that a resumed stage needs; `extra` is the driver's."""
-        save_checkpoint(path, self._loaded.model, self._loaded.optimizer, extra)
+        """Begin to write all that a resumed stage needs, once the one before is written; `extra` is the driver's."""
+        self.finish_checkpoint()
+        self._saving = save_checkpoint(path, self._loaded.model, self._loaded.optimizer, extra, self._background)
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of this stage; the driver's `extra`."""

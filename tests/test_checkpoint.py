@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from ranks import run_ranks, tiny_model
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +45,8 @@ class Run:
         return self
 
     def save(self, path: Path) -> None:
-        save_checkpoint(path, self.model, self.optimizer, EXTRA)
+        save_checkpoint(path, self.model, self.optimizer, EXTRA).result()
+        dist.barrier()  # rank 0's is there
 
     def load(self, path: Path) -> dict:
         return load_checkpoint(path, self.model, self.optimizer)
@@ -231,3 +234,24 @@ def test_a_checkpoint_is_saved_before_any_step_too(tmp_path: Path):
     other = Run("llama", seed=1)
     other.load(step_dir(tmp_path, 1))
     assert same(other.state(), run.state())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is written is the state at the call, and it has no name until it is whole."""
+    gate, write = threading.Event(), FileSystemWriter.write_data
+
+    def slowly(self, *arguments):
+        assert gate.wait(60)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", slowly)
+    run = Run().steps(2)
+    before = run.state()
+    saving = save_checkpoint(step_dir(tmp_path, 2), run.model, run.optimizer, EXTRA)
+    run.steps(2)
+    assert not saving.done() and latest_checkpoint(tmp_path) is None
+    gate.set()
+    saving.result()
+    other = Run(seed=1)
+    assert other.load(latest_checkpoint(tmp_path)) == EXTRA
+    assert same(other.state(), before) and not same(run.state(), before)

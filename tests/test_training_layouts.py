@@ -126,7 +126,8 @@ def continue_each_other(folder: Path, found: dict) -> None:
         optimizer = run_of(model)
         seed_all(dist.get_rank())
         steps(model, optimizer, range(2))
-        save_checkpoint(folder / f"checkpoint-{shape}", model, optimizer, EXTRA)
+        save_checkpoint(folder / f"{shape}" / "checkpoint", model, optimizer, EXTRA).result()
+        dist.barrier()
         found["uninterrupted", shape] = steps(model, optimizer, range(2, 4))
     for source, target in product(CONTINUED, repeat=2):
         model = laid_out("deepseek-v2", target)
@@ -134,7 +135,7 @@ def continue_each_other(folder: Path, found: dict) -> None:
             for parameter in model.parameters():
                 parameter.zero_()
         optimizer = run_of(model)
-        assert load_checkpoint(folder / f"checkpoint-{source}", model, optimizer) == EXTRA
+        assert load_checkpoint(folder / f"{source}" / "checkpoint", model, optimizer) == EXTRA
         found["continued", source, target] = steps(model, optimizer, range(2, 4))
 
 
