@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,12 @@ def test_the_environment_follows_the_configuration(monkeypatch: pytest.MonkeyPat
     assert environment(RolloutConfig(mla=True))["VLLM_MLA_DISABLE"] == "0"
     assert environment(RolloutConfig())["TORCHDYNAMO_DISABLE"] == "1"
     assert "TORCHDYNAMO_DISABLE" not in environment(RolloutConfig(eager=False))
+    assert "RANK" not in environment(RolloutConfig())
+    several = RolloutConfig(tensor=2, data=2, expert=True)
+    assert [environment(several, 3)[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["3", "3", "4"]
+    monkeypatch.setattr(metadata, "distributions", lambda: [SimpleNamespace(metadata={"Name": "vllm"})])
+    monkeypatch.setattr(metadata, "version", lambda name: "0.32.0+cu130")
+    assert environment(several, 3)["LOCAL_RANK"] == "0", "on CUDA each process sees one device"
 
 
 def test_asking_for_it_imports_neither_vllm_nor_torch() -> None:
