@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from recipes.errors import RecipeError, shorten
 from recipes.schema import LoadedRecipe, json_schema, load_recipe
 
@@ -28,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "check":
                 _print_check(load_recipe(args.recipe, args.overrides))
             case "report":
-                _print_report(args.folder)
+                from recipes.report import write_report
+
+                print(write_report(args.folder))
             case "schema":
                 print(json.dumps(json_schema(), indent=2))
         return DONE
-    except RecipeError as error:
+    except ValueError as error:
         print(f"align: {error}", file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
@@ -62,22 +66,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _print_check(loaded: LoadedRecipe) -> None:
-    from rich.console import Console
-
     from recipes.check import check
 
     console = Console()
     for section in check(loaded):
         console.print(section)
-
-
-def _print_report(folder: Path) -> None:
-    from recipes.report import write_report
-
-    try:
-        print(write_report(folder))
-    except ValueError as error:
-        raise RecipeError([str(error)]) from error
 
 
 def describe(error: BaseException) -> str:
@@ -114,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="replace keys of the recipe; values are YAML: rollout.max_length=256 stages.1.grpo.steps=20",
     )
     run = commands.add_parser("run", parents=[recipe], help="run a recipe, or go on where its run stopped")
-    run.add_argument(
-        "--output", type=Path, metavar="DIR", help="run folder (default: runs/NAME below the current folder)"
-    )
+    run.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: ./runs/NAME)")
     run.add_argument("--accept-changes", action="store_true", help="go on although the recipe differs from the run's")
     run.add_argument("--ray", metavar="ADDRESS", help="Ray cluster to run on (default: a local one)")
 

@@ -10,8 +10,7 @@ from rollout.data import load_rows
 
 def stage_rows(recipe: Recipe, stage: Stage) -> list[dict[str, Any]]:
     """A stage's dataset. Raises ValueError (`load_rows`), also for a row that lacks the columns its stage needs."""
-    pairs_or_chats = [("prompt", "completion"), ("messages",), ("conversations",)]
-    needed = [("prompt",)] if stage.grpo else pairs_or_chats
+    needed = [("prompt",)] if stage.grpo else [("prompt", "completion"), ("messages",), ("conversations",)]
     rows = load_rows(stage.data, recipe.folder, recipe.data_folder)
     for index, row in enumerate(rows):
         if not any(row.keys() >= set(names) for names in needed):

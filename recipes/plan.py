@@ -16,7 +16,7 @@ def plan(recipe: Recipe, rows: Mapping[int, Sequence[Any]]) -> Iterator[Table]:
     """One table per stage: steps, sequences, updates, tokens and lengths. rows: the datasets read so far, by stage."""
     model = f"{recipe.model.init.preset}, random weights" if recipe.model.init else str(recipe.model.path)
     for index, stage in enumerate(recipe.stages):
-        start, known = recipe.start_of(index), rows.get(index)
+        start, known = recipe.start_of(stage), rows.get(index)
         table = Table(show_header=False, title=f"{index + 1}. {stage.name} ({stage.kind})", title_justify="left")
         table.add_row("starts from", start.name if start else model)
         table.add_row("data", stage.source + ("" if known is None else f", {len(known):,} rows"))
@@ -48,8 +48,5 @@ def _grpo(recipe: Recipe, config: GRPOConfig, rows: int | None) -> Iterator[tupl
 
 def _tokens(recipe: Recipe, groups: int, updates: int, tokens: int) -> str:
     """Most tokens of a step, and of one rank in an update. Whole groups, of `tokens` each, go to a rank."""
-    per_rank = math.ceil(groups // updates / recipe.train.world) * tokens
-    return (
-        f"at most {groups * tokens:,} a step, {per_rank:,} per rank in an update; "
-        f"{recipe.train.tokens_per_rank:,} in a micro-batch"
-    )
+    per_rank, budget = math.ceil(groups // updates / recipe.train.world) * tokens, recipe.train.tokens_per_rank
+    return f"at most {groups * tokens:,} a step, {per_rank:,} per rank in an update; {budget:,} in a micro-batch"

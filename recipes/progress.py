@@ -9,66 +9,48 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
 from alignment.tax import TaxRow
 
-WINDOW = 20
-"""Steps over which speed is averaged."""
+WINDOW, EVERY = 20, 10.0
+"""Steps over which speed is averaged; seconds between two plain lines."""
 
 
-class StageProgress:
+class StageProgress(Progress):
     """Progress of one stage: steps, reward or loss, tokens/s, time left.
 
     total: the stage's last step; first: steps that were done before (a resumed stage starts there).
-    On a terminal one live line; elsewhere the first and the last step and at most one line every `every` seconds.
+    On a terminal one live line; elsewhere the first and the last step and at most one line every EVERY seconds.
     """
 
     def __init__(
-        self,
-        name: str,
-        total: int,
-        console: Console,
-        *,
-        first: int = 0,
-        every: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
+        self, name: str, total: int, console: Console, *, first: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._name, self._total, self._console, self._every, self._clock = name, total, console, every, clock
-        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW + 1)  # (time, tokens) of each step
+        bar = (SpinnerColumn(), "[bold]{task.description}", BarColumn(24, complete_style="cyan"), "{task.fields[line]}")
+        super().__init__(*bar, console=console, get_time=clock, disable=not console.is_terminal)
+        self._stage = self.add_task(name, total=total, completed=first, line="starting")
+        self._name, self._total = name, total
+        self._recent = deque([(clock(), 0.0)], maxlen=WINDOW + 1)  # (time, tokens so far) after each step
         self._printed = -math.inf
-        columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(24, complete_style="cyan"))
-        self._live = Progress(
-            *columns, TextColumn("{task.fields[line]}"), console=console, disable=not console.is_terminal
-        )
-        self._task = self._live.add_task(name, total=total, completed=first, line="starting")
-
-    def __enter__(self) -> StageProgress:
-        self._recent.append((self._clock(), 0.0))
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` (from 1) is done, with its metrics."""
-        now = self._clock()
-        self._recent.append((now, step_tokens(metrics)))
+        now = self.get_time()
+        self._recent.append((now, self._recent[-1][1] + step_tokens(metrics)))
         line = self._line(step, metrics)
-        self._live.update(self._task, completed=step, line=line)
-        if self._live.disable and (step == self._total or now - self._printed >= self._every):
+        self.update(self._stage, completed=step, line=line)
+        if self.disable and (step == self._total or now - self._printed >= EVERY):
             self._printed = now
-            self._console.print(Text(f"{self._name}  {line}"), soft_wrap=True)
+            self.console.print(Text(f"{self._name}  {line}"), soft_wrap=True)
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"{step:>{len(str(self._total))}}/{self._total}"]
         shown = ("reward/mean", "kl", "mismatch/k3") if "reward/mean" in metrics else ("loss",)
         parts += [f"{key.split('/')[0]} {format_number(metrics[key])}" for key in shown if key in metrics]
-        seconds = self._recent[-1][0] - self._recent[0][0]
-        tokens = sum(tokens for _, tokens in list(self._recent)[1:])
+        seconds, tokens = (last - first for first, last in zip(self._recent[0], self._recent[-1], strict=True))
         if tokens and seconds:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         left = (self._total - step) * seconds / (len(self._recent) - 1)
@@ -76,10 +58,8 @@ class StageProgress:
 
 
 def step_tokens(metrics: Mapping[str, float]) -> float:
-    """Tokens that a step worked on: `tokens/total`, or prompts and completions."""
-    if "tokens/total" in metrics:
-        return metrics["tokens/total"]
-    return metrics.get("tokens/prompt", 0.0) + metrics.get("tokens/completion", 0.0)
+    """Tokens that a step worked on: `tokens/total` of SFT, prompts and completions of GRPO."""
+    return sum(metrics.get(f"tokens/{part}") or 0.0 for part in ("total", "prompt", "completion"))
 
 
 def format_number(value: float | None) -> str:
@@ -101,10 +81,7 @@ def format_seconds(seconds: float) -> str:
 def print_tax(rows: Sequence[TaxRow], console: Console, *, before: str = "before", after: str = "after") -> None:
     """Print a tax table, 80 columns wide with names of up to 28; a difference is coloured where its interval leaves out
     zero."""
-    table = Table(
-        title=f"{before} → {after}", title_justify="left", title_style="bold", header_style="dim", box=None,
-        padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    table = Table(header_style="dim", box=None, padding=(0, 1, 0, 0))
     table.add_column("benchmark", overflow="fold")
     for name in ("before", "after", "diff", "95% interval", "gained", "lost"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -113,4 +90,4 @@ def print_tax(rows: Sequence[TaxRow], console: Console, *, before: str = "before
         difference = Text(f"{row.difference:+.3f}", style={1: "green", -1: "red", 0: ""}[row.verdict])
         interval = Text("–" if math.isnan(row.low) else f"{row.low:+.3f} … {row.high:+.3f}", style="dim")
         table.add_row(Text(row.benchmark), *means, difference, interval, *flips)
-    console.print(table)
+    console.print(Text(f"{before} → {after}", style="bold"), table, sep="\n")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
 from alignment.files import write_text
-from alignment.tax import TaskResult, TaxRow, load_results, row_to_json, save_results
+from alignment.tax import TaskResult, TaxRow, row_to_json, save_results
 from recipes.errors import RecipeError
-from recipes.schema import Recipe, difference, resolved
+from recipes.schema import Recipe, Stage, difference, resolved
 from recipes.versions import versions
 
 
@@ -24,8 +23,9 @@ class StageFolder:
     they are complete.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, run_dir: Path, number: int, name: str) -> None:
+        self.name = name
+        self.path = path = run_dir / f"{number:02d}-{name}"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -35,51 +35,52 @@ class StageFolder:
     def save_evals(self, results: list[TaskResult], samples: list[dict[str, Any]]) -> None:
         """Every sample first, the results last: they say that the evals are complete."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
-        write_text(self.results.with_name("samples.jsonl"), "".join(lines))
+        write_text(self.results.with_name("samples.jsonl"), _lines(samples))
         save_results(self.results, results)
 
-    def load_evals(self) -> list[TaskResult]:
-        """The results; none while the evals are not complete."""
-        return load_results(self.results) if self.results.is_file() else []
+    def append_samples(self, rows: list[dict[str, Any]]) -> None:
+        """Add completions of a step to `samples.jsonl`."""
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.write(_lines(rows))
 
 
 class RunFolder:
     """One run's folder; held open (and locked against a second run) while the run goes on.
 
-    initial: the policy before the first stage, where the recipe makes it from scratch. base: the evals of that policy.
+    initial: the policy before the first stage, where the recipe makes it from scratch.
     """
 
     def __init__(self, path: Path, recipe: Recipe, *, accept_changes: bool) -> None:
         """Begin or continue a run. Raises RecipeError when the recipe has changed, or another process runs here."""
+        self.recipe = recipe
         self.path = path = path.resolve()  # actors have another working directory, the recipe another base
         path.mkdir(parents=True, exist_ok=True)
         self.initial = path / "initial"
         self.tokenizer = path / "tokenizer"
-        self.base = StageFolder(path / "00-base")
         self._lock = _lock(path / ".lock")
         now, kept = resolved(recipe), path / "recipe.yaml"
-        if kept.is_file():
-            changes = difference(yaml.safe_load(kept.read_text(encoding="utf-8")), now)
-            if changes and not accept_changes:
-                begun = f"{path} was begun with another recipe: continue with --accept-changes, or choose --output"
-                raise RecipeError([begun, *changes])
+        before = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else now
+        if (changes := difference(before, now)) and not accept_changes:
+            begun = f"{path} was begun with another recipe: continue with --accept-changes, or choose --output"
+            raise RecipeError([begun, *changes])
         write_text(kept, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
         write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
 
-    def stage(self, index: int, name: str) -> StageFolder:
-        """Folder of stage `index` (from 0)."""
-        return StageFolder(self.path / f"{index + 1:02d}-{name}")
+    def stage(self, stage: Stage | None) -> StageFolder:
+        """Folder of one of the recipe's stages; None: of the policy before the first."""
+        number, name = (self.recipe.stages.index(stage) + 1, stage.name) if stage else (0, "base")
+        return StageFolder(self.path, number, name)
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether its weights are there and, if there are evals, its table: the last thing that a stage writes."""
+        written = any(table["stage"] == stage.name for table in self._tables())
+        return self.stage(stage).final.is_dir() and (written or not self.recipe.evals.tasks)
 
     def add_tax(self, stage: str, before: str, rows: list[TaxRow]) -> None:
         """Write the stage's table into `tax.json`, in place of an earlier one of the same stage."""
         tables = [table for table in self._tables() if table["stage"] != stage]
         tables.append({"stage": stage, "before": before, "after": stage, "rows": [row_to_json(row) for row in rows]})
         write_text(self.path / "tax.json", json.dumps(tables, indent=2) + "\n")
-
-    def has_tax(self, stage: str) -> bool:
-        """Whether the stage's table is written: the last thing that a stage does."""
-        return any(table["stage"] == stage for table in self._tables())
 
     def _tables(self) -> list[dict[str, Any]]:
         path = self.path / "tax.json"
@@ -90,10 +91,8 @@ class RunFolder:
         self._lock.close()
 
 
-def append_samples(path: Path, rows: list[Mapping[str, Any]]) -> None:
-    """Add lines to `samples.jsonl`."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _lock(path: Path) -> TextIO:

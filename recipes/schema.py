@@ -15,8 +15,6 @@ from recipes.source import Key, Source, read_source
 from rollout.config import Config, DataConfig, RolloutConfig
 from rollout.functions import nearest
 
-NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
-
 
 class Stage(Config):
     """One stage of a recipe: exactly one of its keys, which is its kind."""
@@ -30,20 +28,19 @@ class Stage(Config):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        given = [kind for kind, config in self if config is not None]
-        if len(given) != 1:
-            raise ValueError(f"a stage is exactly one of: {', '.join(type(self).model_fields)}")
+        if (self.sft is None) == (self.grpo is None):
+            raise ValueError("a stage is exactly one of: sft, grpo")
         return self
 
     @property
     def kind(self) -> str:
         """`sft` or `grpo`."""
-        return next(kind for kind, config in self if config is not None)
+        return "grpo" if self.grpo else "sft"
 
     @property
     def config(self) -> SFTConfig | GRPOConfig:
         """The stage's own section."""
-        return next(config for _, config in self if config is not None)
+        return self.grpo or self.sft
 
     @property
     def name(self) -> str:
@@ -64,7 +61,7 @@ class Stage(Config):
 class Recipe(Config):
     """What `align run` runs."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")
     """Name of the recipe and, by default, of its run folder."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, data order and sampling."""
@@ -95,10 +92,9 @@ class Recipe(Config):
         """`data_dir`, read from `base_dir`."""
         return None if self.data_dir is None else self.folder / self.data_dir
 
-    def start_of(self, index: int) -> Stage | None:
-        """The stage whose final weights stage `index` starts from; None: the model of the recipe."""
-        earlier = self.stages[:index]
-        named = self.stages[index].config.from_
+    def start_of(self, stage: Stage) -> Stage | None:
+        """The stage whose final weights `stage` starts from; None: the model of the recipe."""
+        earlier, named = self.stages[: self.stages.index(stage)], stage.config.from_
         if named is None:
             return earlier[-1] if earlier else None
         return next(stage for stage in earlier if stage.name == named)
@@ -134,25 +130,22 @@ class LoadedRecipe:
     source: Source
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read, override (`key.path=value`) and validate a recipe; its `base_dir` is made absolute.
 
     Raises RecipeError with every problem found, each with file, line and key.
     """
-    source = read_source(Path(path), overrides)
-    values = dict(source.values)
-    base_dir = values.get("base_dir", ".")
-    if isinstance(base_dir, str):
-        values["base_dir"] = str((source.path.parent / base_dir).resolve())
+    source = read_source(path, overrides)
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
         # A list whose items are wrong is reported once more by pydantic, as too short.
         errors = [e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
         raise RecipeError([source.problem(found["loc"], _message(found)) for found in errors]) from None
     if problems := [source.problem(key, message) for key, message in _misfits(recipe)]:
         raise RecipeError(problems)
-    return LoadedRecipe(recipe, source)
+    base_dir = str((path.parent / recipe.base_dir).resolve())
+    return LoadedRecipe(recipe.model_copy(update={"base_dir": base_dir}), source)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -163,8 +156,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old value -> new value` for every key in which two resolved recipes differ."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    lines = [(key, before.get(key, "(absent)"), after.get(key, "(absent)")) for key in before | after]
-    return [f"{key}: {was} -> {now}" for key, was, now in lines if was != now]
+    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}" for key in changed]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -202,13 +195,6 @@ def _known_keys(key: Key) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in key:
         if isinstance(part, str):  # an index stays in the section that the list is of
-            fields = section.model_fields.items()
-            section = _section(next(field.annotation for name, field in fields if part in (name, field.alias)))
+            annotation = section.model_fields[part].annotation  # `X`, `X | None` or `tuple[X, ...]`
+            section = next(one for one in (annotation, *get_args(annotation)) if isinstance(one, type(BaseModel)))
     return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _section(annotation: Any) -> Any:
-    """The section's class inside `X`, `X | None` or `tuple[X, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section, get_args(annotation))), None)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from itertools import islice
+import string
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
 
 HELD_OUT_ONE_IN = 10
-DIGITS = "0123456789"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PATIENCE = 1_000
 """So many repeated problems in a row, and a skill counts as used up."""
 
@@ -30,13 +28,13 @@ def addition(rng: random.Random) -> tuple[str, str]:
 
 def sorting(rng: random.Random) -> tuple[str, str]:
     """`sort 70524 =` -> `02457`; four to six digits."""
-    digits = rng.choices(DIGITS, k=rng.randint(4, 6))
+    digits = rng.choices(string.digits, k=rng.randint(4, 6))
     return f"sort {''.join(digits)} =", "".join(sorted(digits))
 
 
 def reversing(rng: random.Random) -> tuple[str, str]:
     """`reverse k a x f =` -> `f x a k`; three to five letters, spaced so that each stays a token of its own."""
-    letters = rng.choices(LETTERS, k=rng.randint(3, 5))
+    letters = rng.choices(string.ascii_lowercase, k=rng.randint(3, 5))
     return f"reverse {' '.join(letters)} =", " ".join(reversed(letters))
 
 
@@ -87,25 +85,19 @@ def is_held_out(prompt: str) -> bool:
 
 
 def _rows(skill: str, count: int, seed: int, *, held_out: bool, distinct: bool = True) -> list[dict[str, str]]:
+    """Rows of one side; seeded by a string, which Python hashes with SHA-512, the same in every process."""
     if count < 0:
         raise ValueError(f"{skill}: cannot make {count} rows")
-    problems = islice(_problems(skill, seed, held_out, distinct), count)
-    rows = [{"prompt": prompt, "completion": f" {answer}", "answer": answer} for prompt, answer in problems]
-    if len(rows) < count:
-        raise ValueError(f"{skill}: asked for {count} distinct rows, found {len(rows)}; ask for fewer")
-    return rows
-
-
-def _problems(skill: str, seed: int, held_out: bool, distinct: bool) -> Iterator[tuple[str, str]]:
-    """Problems of one side; seeded by a string, which Python hashes with SHA-512, the same in every process."""
     rng = random.Random(f"{skill} {'held out' if held_out else 'training'} {seed}")
-    seen: set[str] = set()
-    repeats = 0
-    while repeats < PATIENCE:
+    rows, seen, repeats = [], set[str](), 0
+    while len(rows) < count:
         prompt, answer = SKILLS[skill](rng)
         if is_held_out(prompt) != held_out:
             continue
         repeats = repeats + 1 if distinct and prompt in seen else 0
+        if repeats == PATIENCE:
+            raise ValueError(f"{skill}: asked for {count} distinct rows, found {len(rows)}; ask for fewer")
         if not repeats:
             seen.add(prompt)
-            yield prompt, answer
+            rows.append({"prompt": prompt, "completion": f" {answer}", "answer": answer})
+    return rows

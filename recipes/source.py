@@ -19,16 +19,15 @@ Key = tuple[str | int, ...]
 class Source:
     """values: the mapping of the file, overrides applied. origins: `file:line` or the override that wrote a key."""
 
-    path: Path
     values: Mapping[str, Any]
     origins: Mapping[Key, str]
 
     def problem(self, key: Key, message: str) -> str:
         """`file:line: key: message`, with the line of `key` or else of the nearest section around it."""
         written = key
-        while written and written not in self.origins:
+        while written not in self.origins:
             written = written[:-1]
-        return f"{self.origins.get(written, self.path)}: {'.'.join(map(str, key))}: {message}"
+        return f"{self.origins[written]}: {'.'.join(map(str, key))}: {message}"
 
 
 def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
@@ -40,8 +39,7 @@ def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError([f"{path}: cannot read this recipe: {error}"]) from None
-    origins: dict[Key, str] = {}
-    values = _read(text, str(path), origins)
+    values, origins = _read(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError([f"{path}: a recipe is a YAML mapping (`name: ...`, `model: ...`, ...)"])
     problems = []
@@ -52,54 +50,52 @@ def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
             problems.append(f"--set {override}: {error}")
     if problems:
         raise RecipeError(problems)
-    return Source(path, values, origins)
+    return Source(values, origins)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that stand twice; `1e-6` is a number, as in YAML 1.2."""
+    """Refuses keys that stand twice; `1e-6` is a number, as in YAML 1.2. origins: `name:line` of every key."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name, self.origins = name, dict[Key, str]()
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
             if key.value in names:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands twice", key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"`{key.value}` stands twice", problem_mark=key.start_mark)
             names.add(key.value)
         return node
+
+    def plain(self, node: yaml.Node, mark: yaml.Mark, key: Key) -> Any:
+        """The values of a node whose `key` stands at `mark`; nothing is shared between aliases."""
+        self.origins[key] = f"{self.name}:{mark.line + 1}"
+        if isinstance(node, yaml.MappingNode):
+            self.flatten_mapping(node)
+            return {part.value: self.plain(child, part.start_mark, (*key, part.value)) for part, child in node.value}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(child, child.start_mark, (*key, index)) for index, child in enumerate(node.value)]
+        return self.construct_object(node)
 
 
 _EXPONENT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
-def _read(text: str, name: str, origins: dict[Key, str]) -> Any:
-    """Values of a YAML text; `origins` gains `name:line` of every key."""
+def _read(text: str, name: str) -> tuple[Any, dict[Key, str]]:
+    """Values of a YAML text, and `name:line` of every key."""
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, name)
         node = loader.get_single_node()
-        return None if node is None else _plain(loader, node, name, (), origins)
+        return node and loader.plain(node, node.start_mark, ()), loader.origins
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise RecipeError([f"{where}: not YAML: {error.problem or error.context}"]) from None
+        raise RecipeError([f"{name}:{error.problem_mark.line + 1}: not YAML: {error.problem}"]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last: an alias inside itself
         raise RecipeError([f"{name}: not YAML: {shorten(str(error), lines=1)}"]) from None
-
-
-def _plain(loader: _Loader, node: yaml.Node, name: str, key: Key, origins: dict[Key, str]) -> Any:
-    origins.setdefault(key, f"{name}:{node.start_mark.line + 1}")
-    if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)
-        values = {}
-        for part, child in node.value:
-            origins[(*key, part.value)] = f"{name}:{part.start_mark.line + 1}"
-            values[part.value] = _plain(loader, child, name, (*key, part.value), origins)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, child, name, (*key, index), origins) for index, child in enumerate(node.value)]
-    return loader.construct_object(node)
 
 
 def _apply(values: dict[str, Any], origins: dict[Key, str], override: str) -> None:
@@ -108,7 +104,7 @@ def _apply(values: dict[str, Any], origins: dict[Key, str], override: str) -> No
     key = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
     if not equals or "" in key:
         raise ValueError("write KEY=VALUE, e.g. stages.1.grpo.steps=20")
-    value = _read(text, "value", {})
+    value, _ = _read(text, "value")
     node: Any = values
     try:
         for part in key[:-1]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,12 +15,13 @@ from rich.console import Console
 from alignment.evals import run_evals
 from alignment.grpo import GRPOStep
 from alignment.metrics import MetricsLog, Trackers, plain_number, truncate_after
-from alignment.tax import compare
+from alignment.tax import compare, load_results
 from hybrid_engine.checkpoint import prune, step_dir
+from hybrid_engine.health import WorkerError
 from recipes.build import Run, build_run, build_steps
 from recipes.progress import StageProgress, print_tax
 from recipes.report import write_report
-from recipes.resume import RunFolder, StageFolder, append_samples
+from recipes.resume import RunFolder, StageFolder
 from recipes.schema import Recipe, Stage, resolved
 
 
@@ -31,49 +32,44 @@ def run(recipe: Recipe, output_dir: Path, *, accept_changes: bool = False, ray_a
     saved) after Ctrl-C, and the first cause of any other failure. No process outlives the call.
     """
     with ExitStack() as stack:
-        folder = RunFolder(output_dir, recipe, accept_changes=accept_changes)
-        stack.callback(folder.close)
-        if all(_is_done(recipe, folder, index) for index in range(len(recipe.stages))):
-            return write_report(output_dir)
-        context = build_run(recipe, folder, Console(), ray_address)
-        stack.callback(context.engine.close)
-        if recipe.evals.tasks and not folder.base.results.is_file():
-            context.engine.load(context.start, folder.tokenizer, recipe.stages[0].config)
-            _run_evals(context, folder.base)
-        for index in range(len(recipe.stages)):
-            if not _is_done(recipe, folder, index):
-                _run_stage(context, index)
+        folder = stack.enter_context(closing(RunFolder(output_dir, recipe, accept_changes=accept_changes)))
+        waiting, base = [stage for stage in recipe.stages if not folder.is_done(stage)], folder.stage(None)
+        if waiting:
+            context = build_run(recipe, folder, Console(), ray_address)
+            stack.callback(context.engine.close)
+            if recipe.evals.tasks and not base.results.is_file():
+                context.engine.load(context.start, folder.tokenizer, recipe.stages[0].config)
+                _run_evals(context, base)
+            for stage in waiting:
+                _run_stage(context, stage)
                 write_report(output_dir)
     return write_report(output_dir)
 
 
-def _is_done(recipe: Recipe, folder: RunFolder, index: int) -> bool:
-    name = recipe.stages[index].name
-    return folder.stage(index, name).final.is_dir() and (not recipe.evals.tasks or folder.has_tax(name))
-
-
-def _run_stage(run: Run, index: int) -> None:
-    stage = run.recipe.stages[index]
-    folder = _folder(run, stage)
+def _run_stage(run: Run, stage: Stage) -> None:
+    """Train the stage, evaluate it, and compare it with the policy that it started from; what of it is not done yet."""
+    recipe, start = run.recipe, run.recipe.start_of(stage)
+    before, folder = run.folder.stage(start), run.folder.stage(stage)
     if folder.final.is_dir():
         run.engine.load(folder.final, run.folder.tokenizer, stage.config)
     else:
-        start = _final(run, run.recipe.start_of(index))
-        run.engine.load(start, run.folder.tokenizer, stage.config, _reference(run, stage, start))
-        _train(run, index, folder)
+        weights = before.final if start else run.start
+        run.engine.load(weights, run.folder.tokenizer, stage.config, _reference(run, stage, weights))
+        _train(run, stage, folder)
         run.engine.save_final(folder.final)
-    _evaluate(run, index, folder)
+    if recipe.evals.tasks:
+        if not folder.results.is_file():
+            _run_evals(run, folder)
+        rows = compare(load_results(before.results), load_results(folder.results))
+        run.folder.add_tax(stage.name, before.name, rows)
+        print_tax(rows, run.console, before=before.name, after=stage.name)
     prune(folder.checkpoints, keep=1)
 
 
-def _folder(run: Run, stage: Stage | None) -> StageFolder:
-    """Where a stage lies; None: the evals before the first."""
-    return run.folder.stage(run.recipe.stages.index(stage), stage.name) if stage else run.folder.base
-
-
-def _final(run: Run, stage: Stage | None) -> Path:
-    """The weights that a stage has left; None: those that the run began with."""
-    return _folder(run, stage).final if stage else run.start
+def _run_evals(run: Run, folder: StageFolder) -> None:
+    recipe, sampler = run.recipe, run.engine.sampler
+    found = run_evals(recipe.evals, sampler, run.tokenizer, recipe.folder, recipe.seed, recipe.data_folder)
+    folder.save_evals(*found)
 
 
 def _reference(run: Run, stage: Stage, start: Path) -> Path | None:
@@ -81,24 +77,23 @@ def _reference(run: Run, stage: Stage, start: Path) -> Path | None:
         return None
     if stage.grpo.reference is None:
         return start
-    return _final(run, next(other for other in run.recipe.stages if other.name == stage.grpo.reference))
+    return run.folder.stage(next(other for other in run.recipe.stages if other.name == stage.grpo.reference)).final
 
 
-def _train(run: Run, index: int, folder: StageFolder) -> None:
+def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
     """The stage's steps, from its newest checkpoint on, with all that surrounds a step: logs, checkpoints, Ctrl-C."""
-    stage, recipe = run.recipe.stages[index], run.recipe
+    recipe = run.recipe
     folder.path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stream, steps, first, total = build_steps(run, index, folder, stack)
+        stream, steps, first, total = build_steps(run, recipe.stages.index(stage), folder, stack)
         for path in (folder.metrics, folder.samples):
             truncate_after(path, first)
-        log = MetricsLog(folder.metrics)
-        stack.callback(log.close)
-        trackers = stack.enter_context(
-            Trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), first + 1)
-        )
+        log = stack.enter_context(closing(MetricsLog(folder.metrics)))
+        trackers = Trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), first + 1)
+        stack.enter_context(trackers)
         progress = stack.enter_context(StageProgress(stage.name, total, run.console, first=first))
-        interrupted = stack.enter_context(_finish_step_on_ctrl_c(run.console))
+        interrupted = _finish_step_on_ctrl_c(run.console, stack)
+        stack.push(partial(_finish_checkpoint, run))
         run.engine.take_metrics()  # what the evals before the stage left
         begun = time.perf_counter()
         for done in steps:
@@ -108,13 +103,18 @@ def _train(run: Run, index: int, folder: StageFolder) -> None:
             trackers.log(done.step, metrics)
             progress.step(done.step, metrics)
             if isinstance(done, GRPOStep):
-                append_samples(folder.samples, _samples(done))
+                folder.append_samples(_samples(done))
             if interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < total):
                 extra = {"step": done.step, "stream": stream.state()}
                 run.engine.save_checkpoint(step_dir(folder.checkpoints, done.step), extra)
-                prune(folder.checkpoints, keep=1)
             if interrupted:
                 raise KeyboardInterrupt
+
+
+def _finish_checkpoint(run: Run, kind: type[BaseException] | None, *_: object) -> None:
+    """However a stage ends, what it saves is saved; only dead workers are not waited for."""
+    if kind is None or not issubclass(kind, WorkerError):
+        run.engine.finish_checkpoint()
 
 
 def _samples(done: GRPOStep) -> list[dict[str, Any]]:
@@ -135,8 +135,7 @@ def _samples(done: GRPOStep) -> list[dict[str, Any]]:
     ]
 
 
-@contextmanager
-def _finish_step_on_ctrl_c(console: Console) -> Iterator[list[int]]:
+def _finish_step_on_ctrl_c(console: Console, stack: ExitStack) -> list[int]:
     """The first Ctrl-C or SIGTERM lets the step finish and be saved (the list is then not empty); the next does not."""
     received: list[int] = []
 
@@ -146,30 +145,6 @@ def _finish_step_on_ctrl_c(console: Console) -> Iterator[list[int]]:
         received.append(number)
         console.print("finishing this step, then saving (Ctrl-C again: stop now, continue from the last checkpoint)")
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _evaluate(run: Run, index: int, folder: StageFolder) -> None:
-    """The evals after a stage, and its tax table: against the policy that it started from."""
-    if not run.recipe.evals.tasks:
-        return
-    _run_evals(run, folder)
-    start = run.recipe.start_of(index)
-    rows = compare(_folder(run, start).load_evals(), folder.load_evals())
-    before, after = start.name if start else "base", run.recipe.stages[index].name
-    run.folder.add_tax(after, before, rows)
-    print_tax(rows, run.console, before=before, after=after)
-
-
-def _run_evals(run: Run, folder: StageFolder) -> None:
-    recipe = run.recipe
-    if not folder.results.is_file():
-        results, samples = run_evals(
-            recipe.evals, run.engine.sampler, run.tokenizer, recipe.folder, recipe.seed, recipe.data_folder
-        )
-        folder.save_evals(results, samples)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.signal(number, receive))
+    return received

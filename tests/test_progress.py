@@ -23,7 +23,7 @@ class Clock:
 def test_plain_progress_prints_first_last_and_few_between():
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, width=60)
-    with StageProgress("grpo", 100, console, every=10, clock=clock) as progress:
+    with StageProgress("grpo", 100, console, clock=clock) as progress:
         for step in range(1, 101):
             clock.now += 0.5
             progress.step(

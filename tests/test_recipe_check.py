@@ -210,9 +210,9 @@ def test_wrong_reward_is_named(recipe: Path, code: str, words: str):
 
 def test_the_first_part_and_the_schema_need_no_heavy_library(recipe: Path):
     code = (
-        "import sys\nfrom recipes.cli import main\nfrom recipes.check import check_files\n"
+        "import sys\nfrom pathlib import Path\nfrom recipes.cli import main\nfrom recipes.check import check_files\n"
         "from recipes.plan import plan\nfrom recipes.schema import load_recipe\nmain(['schema'])\n"
-        f"loaded = load_recipe({str(recipe)!r})\nlist(plan(loaded.recipe, check_files(loaded)))\n"
+        f"loaded = load_recipe(Path({str(recipe)!r}))\nlist(plan(loaded.recipe, check_files(loaded)))\n"
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'trl', 'lm_eval', 'datasets', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)\n"
     )

@@ -54,8 +54,8 @@ def test_recipe_is_read_with_its_defaults(tmp_path: Path):
     recipe = load_recipe(write(tmp_path, GOOD)).recipe
     assert [(stage.kind, stage.name) for stage in recipe.stages] == [("sft", "sft"), ("grpo", "maths")]
     assert recipe.stages[0].config.learning_rate == 0.001
-    assert recipe.start_of(0) is None
-    assert recipe.start_of(1) is recipe.stages[0]
+    assert recipe.start_of(recipe.stages[0]) is None
+    assert recipe.start_of(recipe.stages[1]) is recipe.stages[0]
     assert recipe.folder == tmp_path.resolve() and recipe.data_folder is None
     assert load_recipe(tmp_path / "small.yaml", ["data_dir=d"]).recipe.data_folder == recipe.folder / "d"
 
@@ -64,7 +64,7 @@ def test_a_branch_starts_from_the_stage_it_names(tmp_path: Path):
     recipe = load_recipe(
         write(tmp_path, GOOD + "  - sft: {name: control, from: sft, data: {path: a.jsonl}, steps: 1}\n")
     ).recipe
-    assert recipe.start_of(2) is recipe.stages[0]
+    assert recipe.start_of(recipe.stages[2]) is recipe.stages[0]
 
 
 MISTAKES = {

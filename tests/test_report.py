@@ -14,7 +14,7 @@ from fake_run import DEMO, fake_run
 from alignment.metrics import MetricsLog
 from alignment.tax import row_from_json
 from recipes.report import write_report
-from recipes.report.charts import half_width, line_chart, nice_ticks, stack_chart
+from recipes.report.charts import half_width, line_chart, nice_ticks, time_chart
 from recipes.report.data import phases, read_run
 
 
@@ -121,7 +121,8 @@ def test_text_of_the_run_is_escaped(run_dir):
     (run_dir / "02-grpo" / "samples.jsonl").write_text(json.dumps(row) + "\n")
     with (run_dir / "02-grpo" / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps({"step": 351, f"reward/{attack}": 0.5, "reward/b": 1.0}) + "\n")
-    (run_dir / "recipe.yaml").write_text(f"name: {json.dumps(attack)}\n")
+    recipe = (run_dir / "recipe.yaml").read_text()
+    (run_dir / "recipe.yaml").write_text(recipe.replace("name: demo\n", f"name: {json.dumps(attack)}\n", 1))
     _, page = render(run_dir)
     assert page.tags.count("script") == 1 and "img" not in page.tags and page.open == []
     assert f"user: {attack}" in page.text
@@ -140,16 +141,16 @@ def test_half_finished_run_says_what_is_missing(run_dir):
 
     shutil.rmtree(run_dir / "02-grpo")
     _, page = render(run_dir)
-    assert "Stage grpo has not started." in page.text
+    assert "02-grpo No step is logged yet (metrics.jsonl)." in page.text
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     shutil.copy(DEMO, tmp_path / "recipe.yaml")
     _, page = render(tmp_path)
-    assert "Stage sft has not started." in page.text and page.open == []
+    assert page.text.count("No step is logged yet") == 2 and page.open == []
     MetricsLog(tmp_path / "01-sft" / "metrics.jsonl")
     _, page = render(tmp_path)
-    assert "No step is logged yet" in page.text
+    assert page.text.count("No step is logged yet") == 2
     MetricsLog(tmp_path / "01-sft" / "metrics.jsonl").append(1, {"loss": 3.0, "grad_norm": None, "time/train": 0.1})
     html, _ = render(tmp_path)
     assert 'aria-label="Loss"' in html and 'aria-label="Gradient norm"' not in html
@@ -170,10 +171,10 @@ def test_a_damaged_file_is_named(run_dir):
 
 def test_sampled_completions_span_the_stage_and_hold_best_and_worst(run_dir):
     stage = read_run(run_dir).stages[1]
-    assert [step for step, _ in stage.samples] == [1, 101, 201, 350]
-    for _, groups in stage.samples:
-        assert len(groups) == 2 and all(len(group) == 4 for group in groups)
-        assert all(group[0]["reward"] == max(s["reward"] for s in group) for group in groups)
+    assert [group[0]["step"] for group in stage.samples] == [1, 101, 250, 350]
+    for group in stage.samples:
+        assert len(group) == 4 and len({sample["prompt"] for sample in group}) == 1
+        assert group[0]["reward"] == max(s["reward"] for s in group)
 
 
 def test_masked_completions_come_last(run_dir):
@@ -190,7 +191,7 @@ def test_masked_completions_come_last(run_dir):
         for r in (None, 0.0, 1.0)
     ]
     (run_dir / "02-grpo" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ((_, (group,)),) = read_run(run_dir).stages[1].samples
+    (group,) = read_run(run_dir).stages[1].samples
     assert [sample["completion"] for sample in group] == ["1.0", "0.0", "None"]
     render(run_dir)
 
@@ -221,9 +222,22 @@ def test_a_line_has_its_points_where_the_numbers_are():
 
 def test_constant_and_single_points_can_be_drawn():
     for values in ([0.0], [5.0], [0.0] * 9, [-3.0] * 9, [1e-12, 1e-12]):
-        chart = line_chart("x", {"x": list(enumerate(values, 1))}, logarithmic=True)
+        chart = line_chart("x", {"mismatch/x": list(enumerate(values, 1))})
         assert "nan" not in chart.svg and "inf" not in chart.svg
-    assert "nan" not in stack_chart("t", {"a": [(1, 0.0)], "b": [(1, 0.0)]}, " s").svg
+    assert "nan" not in time_chart("t", {1: {"a": 0.0, "b": 0.0}}).svg
+
+
+def test_on_a_logarithmic_scale_decades_are_equally_far_apart():
+    chart = line_chart("x", {"mismatch/x": [(1, 5e-3), (2, 5e-1)]})
+    heights = {
+        float(label): float(y) for y, label in re.findall(r'<text x="42" y="([\d.]+)"[^>]*>(1e[-\d]+)<', chart.svg)
+    }
+    assert heights.keys() == {1e-3, 1e-2, 1e-1, 1e0}
+    gaps = [heights[10.0**e] - heights[10.0 ** (e + 1)] for e in (-3, -2, -1)]
+    assert gaps == pytest.approx([gaps[0]] * 3, abs=0.2) and gaps[0] > 0
+    path = re.search(r'class="line c0" d="M([^"]*)"', chart.svg)[1]
+    (_, first), (_, last) = (map(float, pair.split(",")) for pair in path.split("L"))
+    assert first - last == pytest.approx(2 * gaps[0], abs=0.2)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.37, 0.58), (-2, 9), (1, 350), (0, 5e-9), (3e7, 4e7)])

@@ -16,7 +16,6 @@ import yaml
 
 from recipes.resume import RunFolder
 from recipes.schema import load_recipe
-from recipes.stages import _is_done
 from rollout.config import RolloutConfig
 from rollout.vllm.environment import environment
 
@@ -144,12 +143,12 @@ def test_a_stage_is_done_when_its_table_is_written(tmp_path: Path) -> None:
     """A kill between the results of the evals and the table must not lose the table."""
     recipe = load_recipe(write_recipe(tmp_path), []).recipe
     folder = RunFolder(tmp_path / "run", recipe, accept_changes=False)
-    stage = folder.stage(0, "sft")
+    stage = folder.stage(recipe.stages[0])
     stage.final.mkdir(parents=True)
     stage.save_evals([], [])
-    assert not _is_done(recipe, folder, 0)
+    assert not folder.is_done(recipe.stages[0])
     folder.add_tax("sft", "base", [])
-    assert _is_done(recipe, folder, 0)
+    assert folder.is_done(recipe.stages[0])
     folder.close()
 
 

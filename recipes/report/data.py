@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,23 @@ import yaml
 
 from alignment.metrics import read
 from alignment.tax import row_from_json
+from recipes.resume import StageFolder
 
-STAGE = re.compile(r"(?!00-)(\d\d+)-.+")  # 00-base holds the evals before the first stage, and no steps
-SAMPLED_STEPS, SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT = 4, 2, 4, 3000
+SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT = 4, 4, 3000
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One NN-name folder. metrics: one row per step. planned: steps the recipe asks for, if it says so.
+    """A stage of the recipe, begun or not. metrics: one row per step. planned: steps it asks for, if it says so.
 
-    samples: (step, rows of `samples.jsonl` of a few prompts, one list per prompt). notes: what is missing, in words.
+    samples: rows of `samples.jsonl`, one list for each prompt that is shown. finished: whether its weights are there.
     """
 
     folder: str
     metrics: list[dict[str, Any]]
     planned: int | None
-    samples: list[tuple[int, list[list[Mapping[str, Any]]]]]
-    notes: list[str]
+    samples: list[list[dict[str, Any]]]
+    finished: bool
 
     @property
     def seconds(self) -> float:
@@ -40,90 +41,64 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A whole run folder. tables: those of `tax.json`, their `rows` as TaxRows."""
+    """A whole run folder; empty where a file is not there yet. tables: those of `tax.json`, their `rows` as TaxRows."""
 
-    name: str
     recipe: Mapping[str, Any]
     recipe_text: str
     versions: Mapping[str, Any]
     tables: list[dict[str, Any]]
     stages: list[Stage]
-    notes: list[str]
 
 
 def read_run(run_dir: Path) -> Run:
     """Raises ValueError when `run_dir` is no run folder, or a file in it is damaged."""
-    if not (run_dir / "recipe.yaml").is_file():
+    recipe = _load(run_dir / "recipe.yaml", yaml.safe_load)
+    if recipe is None:
         raise ValueError(
             f"{run_dir} is no run folder: it has no recipe.yaml; give the folder that `align run --output` wrote"
         )
-    recipe = _load(run_dir / "recipe.yaml", yaml.safe_load)
-    versions = _load(run_dir / "versions.json", json.loads)
-    tables = _load(run_dir / "tax.json", json.loads)
-    notes = []
-    if versions is None:
-        notes.append("versions.json is missing: the versions are not known.")
-    if tables is None:
-        notes.append("tax.json is missing: no benchmark was compared yet (the first table comes after a stage).")
-    planned = {number: next(iter(stage.items())) for number, stage in enumerate(recipe.get("stages", []), 1)}
-    folders = {int(match[1]): p for p in sorted(run_dir.iterdir()) if (match := STAGE.fullmatch(p.name))}
-    for number, (kind, config) in planned.items():
-        if number not in folders:
-            notes.append(f"Stage {config.get('name') or kind} has not started.")
-    steps = {number: config.get("steps") for number, (_, config) in planned.items()}
+    tables = _load(run_dir / "tax.json", json.loads) or []
     return Run(
-        name=recipe["name"],
         recipe=recipe,
         recipe_text=(run_dir / "recipe.yaml").read_text(encoding="utf-8"),
-        versions=versions or {},
-        tables=[table | {"rows": [row_from_json(row) for row in table["rows"]]} for table in tables or []],
-        stages=[_stage(path, steps.get(number)) for number, path in folders.items()],
-        notes=notes,
+        versions=_load(run_dir / "versions.json", json.loads) or {},
+        tables=[table | {"rows": [row_from_json(row) for row in table["rows"]]} for table in tables],
+        stages=[_stage(run_dir, number, *next(iter(s.items()))) for number, s in enumerate(recipe["stages"], start=1)],
     )
 
 
 def _load(path: Path, parser: Callable[[str], Any]) -> Any:
     """What the file holds; None if there is none."""
-    if not path.exists():
-        return None
     try:
-        return parser(path.read_text(encoding="utf-8"))
+        return parser(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; the file was edited or damaged") from error
 
 
-def _stage(path: Path, planned: int | None) -> Stage:
-    metrics, samples = (
-        read(path / name) if (path / name).exists() else [] for name in ("metrics.jsonl", "samples.jsonl")
-    )
-    notes = [] if metrics else ["No step is logged yet (metrics.jsonl)."]
-    if metrics and not (path / "final").is_dir():
-        notes.append(f"Not finished: step {metrics[-1]['step']} is the last one logged.")
-    return Stage(path.name, metrics, planned, _choose(samples), notes)
+def _stage(run_dir: Path, number: int, kind: str, config: Mapping[str, Any]) -> Stage:
+    folder = StageFolder(run_dir, number, config.get("name") or kind)
+    metrics, samples = (read(path) if path.is_file() else [] for path in (folder.metrics, folder.samples))
+    return Stage(folder.path.name, metrics, config.get("steps"), _choose(samples), folder.final.is_dir())
 
 
-def _choose(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[list[Mapping[str, Any]]]]]:
-    """A few steps from the first to the last; of each a few prompts; of each the best and the worst completions."""
-    by_step: dict[int, dict[int, list[Mapping[str, Any]]]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], {}).setdefault(row["prompt_index"], []).append(row)
-    places = np.linspace(0, len(by_step) - 1, min(SAMPLED_STEPS, len(by_step)), dtype=int)
-    steps = [sorted(by_step)[place] for place in places]
-    return [(step, [_extremes(group) for group in list(by_step[step].values())[:SAMPLED_PROMPTS]]) for step in steps]
+def _choose(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Of a few prompts, from the first step to the last, the best completions and the worst.
 
-
-def _extremes(group: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The best two and the worst two; a masked completion, which has no reward, is the worst."""
-    ranked = sorted(group, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
-    half = SAMPLED_COMPLETIONS // 2
-    return ranked if len(ranked) <= SAMPLED_COMPLETIONS else ranked[:half] + ranked[-half:]
+    A masked completion, which has no reward, is the worst.
+    """
+    groups = [list(group) for _, group in groupby(rows, key=itemgetter("step", "prompt_index"))]
+    places = np.linspace(0, len(groups) - 1, min(SAMPLED_PROMPTS, len(groups)), dtype=int)
+    half, chosen = SAMPLED_COMPLETIONS // 2, []
+    for group in (groups[place] for place in places):
+        ranked = sorted(group, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
+        chosen.append(ranked[:half] + ranked[half:][-half:])
+    return chosen
 
 
 def shown_text(value: str | list[dict[str, Any]]) -> str:
     """A string as it is, chat messages with their roles; the middle of a very long one is left out."""
     text = value if isinstance(value, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in value)
-    half = LONGEST_TEXT // 2
-    cut = len(text) - LONGEST_TEXT
+    half, cut = LONGEST_TEXT // 2, len(text) - LONGEST_TEXT
     return text if cut <= 0 else f"{text[:half]}\n[… {cut:,} characters left out …]\n{text[-half:]}"
 
 

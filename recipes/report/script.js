@@ -4,7 +4,7 @@ for (const svg of document.querySelectorAll("svg[data-series]")) {
   const steps = series.flatMap(([, points]) => points.map(([step]) => step));
   const first = Math.min(...steps), last = Math.max(...steps);
   const cursor = svg.querySelector(".cursor"), width = svg.viewBox.baseVal.width;
-  const left = Number(svg.dataset.left), span = width - left - Number(svg.dataset.right);
+  const left = Number(svg.dataset.left), span = Number(svg.dataset.right) - left;
   let tip = null;
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
