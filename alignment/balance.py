@@ -10,6 +10,7 @@ Letters: L layers, E routed experts, D devices (groups of E / D experts), T toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,13 +27,15 @@ class Load:
     def __add__(self, other: Load) -> Load:
         return Load(self.chosen + other.chosen, self.sent + other.sent, self.tokens + other.tokens)
 
-    def metrics(self) -> dict[str, float]:
-        """`experts/max_load`: the most loaded expert of any layer over the mean; `experts/entropy`: of the load, over
-        its maximum, mean over layers; `experts/dead`: share of experts that no token chose."""
+    def metrics(self) -> dict[str, Any]:
+        """`experts/load`: [L, E] each expert's load in percent of its layer's mean; `experts/max_load`: the most loaded
+        expert of any layer over the mean; `experts/entropy`: of the load, over its maximum, mean over layers;
+        `experts/dead`: share of experts that no token chose."""
         share_LE = self.chosen / self.chosen.sum(-1, keepdim=True).clamp(min=1)
         entropy_L = torch.special.entr(share_LE).sum(-1)
         experts = share_LE.shape[-1]
         return {
+            "experts/load": (100 * experts * share_LE).round().int().tolist(),
             "experts/max_load": float(share_LE.max() * experts),
             "experts/entropy": float(entropy_L.mean() / torch.tensor(float(experts)).log()),
             "experts/dead": float((self.chosen == 0).double().mean()),

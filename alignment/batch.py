@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignment.advantages import group_advantages
 from alignment.config import GRPOConfig
 from alignment.protocols import TrainRow
 from rollout.types import Group
+
+EPSILON = 1e-4
+"""Added to the standard deviation, as TRL does, so that a group of nearly equal rewards does not explode."""
 
 
 def rewards_PG(groups: Sequence[Group], truncated: str) -> np.ndarray:
@@ -19,6 +21,28 @@ def rewards_PG(groups: Sequence[Group], truncated: str) -> np.ndarray:
         cut = np.array([[c.finish_reason == "length" for c in group.completions] for group in groups])
         rewards = np.where(cut & ~np.isnan(rewards), 0.0, rewards)
     return rewards
+
+
+def group_advantages(rewards_PG: np.ndarray, *, scale: bool) -> np.ndarray:
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group: float64 [P, G].
+
+    std is the sample standard deviation (divided by G - 1, as in TRL; the paper does not say which).
+    scale=False subtracts the mean alone. NaN rewards have left their group: they enter neither mean nor
+    std and their advantage is 0. A group with fewer than two rewards left has no advantage: all 0.
+    """
+    present_PG = ~np.isnan(rewards_PG)
+    count_P1 = present_PG.sum(axis=1, keepdims=True)
+    filled_PG = np.where(present_PG, rewards_PG, 0.0)
+    mean_P1 = filled_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
+    centred_PG = np.where(present_PG, filled_PG - mean_P1, 0.0)
+    # Equal rewards such as 0.1 leave rounding errors around the mean, which a division by the tiny std would blow up.
+    highest_P1 = np.where(present_PG, rewards_PG, -np.inf).max(axis=1, keepdims=True)
+    lowest_P1 = np.where(present_PG, rewards_PG, np.inf).min(axis=1, keepdims=True)
+    centred_PG = np.where(highest_P1 > lowest_P1, centred_PG, 0.0)
+    if not scale:
+        return centred_PG
+    variance_P1 = (centred_PG**2).sum(axis=1, keepdims=True) / np.maximum(count_P1 - 1, 1)
+    return centred_PG / (np.sqrt(variance_P1) + EPSILON)
 
 
 def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[TrainRow]]:
@@ -33,26 +57,19 @@ def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[T
     rewards = rewards_PG(groups, config.truncated)
     advantages = group_advantages(rewards, scale=config.scale_advantages)
     kept = ~np.isnan(rewards)
-    present_P = kept.sum(axis=1)
+    sequences_U = kept.reshape(config.updates_per_batch, -1).sum(axis=1)
     if config.truncated == "mask":
         kept &= np.array([[c.finish_reason != "length" for c in group.completions] for group in groups])
     tokens = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
-    per_update = len(groups) // config.updates_per_batch
     batch_tokens = max(1, int(tokens[kept].sum())) / config.updates_per_batch
-    minibatches = []
-    for start in range(0, len(groups), per_update):
-        chosen = range(start, start + per_update)
-        sequences = int(present_P[start : start + per_update].sum())
-        rows = []
-        for p in chosen:
-            for g, completion in enumerate(groups[p].completions):
-                if not kept[p, g] or (advantages[p, g] == 0 and config.kl == 0):
-                    continue
-                count = int(tokens[p, g])
-                weight = 1 / batch_tokens if config.normalize == "token" else 1 / (count * sequences)
-                length = len(groups[p].prompt.token_ids) + count
-                rows.append(TrainRow(completion.handle, p, length, float(advantages[p, g]), weight))
-        minibatches.append(rows)
+    minibatches: list[list[TrainRow]] = [[] for _ in sequences_U]
+    for p, g in np.argwhere(kept & ((advantages != 0) | (config.kl > 0))).tolist():
+        update = p * config.updates_per_batch // len(groups)
+        count = int(tokens[p, g])
+        weight = 1 / batch_tokens if config.normalize == "token" else 1 / (count * int(sequences_U[update]))
+        length = len(groups[p].prompt.token_ids) + count
+        row = TrainRow(groups[p].completions[g].handle, p, length, float(advantages[p, g]), weight)
+        minibatches[update].append(row)
     return minibatches
 
 

@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from alignment.config import EvalConfig
-from alignment.eval_model import NEW_TOKENS_KEYS, temperature
+from alignment.eval_model import generation
 from rollout.functions import nearest
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
-KNOWN = ("until", "do_sample", "temperature", *NEW_TOKENS_KEYS)
+KNOWN = ("until", "do_sample", "temperature", "max_gen_toks")
 NEUTRAL = {"top_p": (1,), "top_k": (0, -1), "num_beams": (1,), "repetition_penalty": (1,)}
 """Values of further `generation_kwargs` that change nothing; any other value is refused, not ignored."""
+_manager = cache(TaskManager)  # made only where a task is asked for by name: it reads all of lm-eval's YAML files
 
 
 def load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: int) -> dict[str, Task]:
@@ -37,10 +38,10 @@ def load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: 
     for spec in config.tasks:
         if spec.endswith((".yaml", ".yml")):
             found = _file_tasks(base_dir / spec, data_dir)
-        elif spec in _index().task_index:
-            found = _load(_index(), spec, f"evals.tasks: `{spec}`")
+        elif spec in _manager().task_index:
+            found = _load(_manager(), spec, f"evals.tasks: `{spec}`")
         else:
-            raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _index().all_tasks)}")
+            raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _manager().all_tasks)}")
         if twice := sorted(tasks.keys() & found.keys()):
             raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
         tasks |= found
@@ -52,15 +53,13 @@ def load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: 
 def _prepare(name: str, task: Task, config: EvalConfig, seed: int) -> None:
     if task.get_config("unsafe_code"):
         raise ValueError(f"evals.tasks: `{name}` runs code that the model writes, outside any sandbox; leave it out")
-    if task.get_config("num_fewshot") is None:
-        task.set_config("num_fewshot", 0)
     if task.OUTPUT_TYPE == "generate_until":
         if config.max_new_tokens is not None:
-            task.set_config("generation_kwargs", {NEW_TOKENS_KEYS[0]: config.max_new_tokens}, update=True)
-        kwargs = task.get_config("generation_kwargs")
+            task.set_config("generation_kwargs", {"max_gen_toks": config.max_new_tokens}, update=True)
+        kwargs = generation(task.get_config("generation_kwargs"))
         for key, value in kwargs.items():
-            cuts_only = key in ("top_p", "top_k") and temperature(kwargs) == 0
-            if key not in KNOWN and not cuts_only and value is not None and value not in NEUTRAL.get(key, ()):
+            cuts_only = key in ("top_p", "top_k") and kwargs["temperature"] == 0
+            if key not in KNOWN and not cuts_only and value not in NEUTRAL.get(key, ()):
                 raise ValueError(
                     f"evals.tasks: `{name}` asks for {key}={value}, which the sampler does not do; leave it out"
                 )
@@ -97,11 +96,6 @@ def _resolve(files: Any, folders: Sequence[Path], source: Path) -> Any:
     if not found:
         raise ValueError(f"{source}: no data file {tried[0]}; set the recipe's data_dir, or correct data_files")
     return found[0]
-
-
-@cache
-def _index() -> TaskManager:
-    return TaskManager()
 
 
 def _load(manager: TaskManager, spec: str | dict[str, Any], source: str) -> dict[str, Task]:

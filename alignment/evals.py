@@ -18,7 +18,7 @@ import numpy as np
 from lm_eval.evaluator import evaluate
 
 from alignment.config import EvalConfig
-from alignment.eval_model import SamplerLM, chat_prompt, request_tokens
+from alignment.eval_model import SamplerLM
 from alignment.eval_tasks import load_tasks
 from alignment.tax import TaskResult
 from rollout.sampler import Sampler
@@ -64,16 +64,16 @@ def check_tasks(
     Raises `ValueError` for a task that does not exist (with the nearest name), cannot be loaded, asks for what the
     sampler does not do, or needs more context than the `max_length` tokens there are.
     """
-    infos = []
+    infos, model = [], SamplerLM(None, tokenizer, seed)
     with _tasks(config, tokenizer, base_dir, data_dir, seed) as tasks:
         for name, task in tasks.items():
             task.build_all_requests(
                 limit=config.limit,
                 apply_chat_template=config.chat_template,
                 fewshot_as_multiturn=config.chat_template,
-                chat_template=partial(chat_prompt, tokenizer) if config.chat_template else None,
+                chat_template=model.apply_chat_template if config.chat_template else None,
             )
-            asked = request_tokens(task.instances, tokenizer, max_length)
+            asked = model.tokens(task.instances, max_length)
             n = len({instance.doc_id for instance in task.instances})
             longest = max(len(context) + len(rest) for context, rest, _ in asked)
             infos.append(TaskInfo(name, n, max(new for *_, new in asked), longest))

@@ -28,10 +28,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     yield folder
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with file.open("rb") as opened:
+            os.fsync(opened)
     if path.exists():
         shutil.rmtree(path)
     folder.rename(path)

@@ -10,8 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from alignment.advantages import group_advantages
-from alignment.batch import grpo_minibatches, rewards_PG
+from alignment.batch import group_advantages, grpo_minibatches, rewards_PG
 from alignment.config import GRPOConfig
 from alignment.losses import Correction, grpo_loss
 from alignment.protocols import Engine, Policy, TrainRow
@@ -97,7 +96,6 @@ def rollout_metrics(groups: list[Group], config: GRPOConfig) -> dict[str, float]
     """Rewards and lengths of a batch: what was sampled, before any update."""
     rewards = rewards_PG(groups, config.truncated)
     lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
-    cut = np.array([[c.finish_reason == "length" for c in group.completions] for group in groups])
     signal = (group_advantages(rewards, scale=False) != 0).any(axis=1)
     metrics = {
         "reward/mean": _mean(rewards),
@@ -106,7 +104,7 @@ def rollout_metrics(groups: list[Group], config: GRPOConfig) -> dict[str, float]
         "groups/without_signal": float((~signal).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
-        "completions/truncated": float(cut.mean()),
+        "completions/truncated": float(np.mean([c.finish_reason == "length" for g in groups for c in g.completions])),
         "tokens/prompt": float(sum(len(group.prompt.token_ids) for group in groups)),
         "tokens/completion": float(lengths.sum()),
     }
@@ -126,15 +124,13 @@ def _mean(values: np.ndarray) -> float:
 
 def _merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """Means over the updates of a batch; the largest `mismatch/max`; token counts add up."""
-    if not updates:
-        return {"updates": 0.0}
     merged = {"updates": float(len(updates))}
     for name in dict.fromkeys(name for update in updates for name in update):
         values = [update[name] for update in updates if name in update]
         if name.startswith("tokens/"):
             merged[name] = float(sum(values))
+        elif name in ("mismatch/experts", "experts/load"):  # later updates' routers have moved on
+            merged[name] = values[0]
         else:
             merged[name] = max(values) if name == "mismatch/max" else float(np.mean(values))
-    if "mismatch/experts" in updates[0]:  # later updates' routers have moved away from those that sampled
-        merged["mismatch/experts"] = updates[0]["mismatch/experts"]
     return merged

@@ -38,9 +38,8 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one step. NaN becomes null. Raises ValueError for a value that is no number."""
@@ -66,14 +65,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises ValueError naming file and line when a whole line is not JSON.
     """
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
-                break
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error}; the file was edited or damaged") from error
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; the file was edited or damaged") from error
     return rows
 
 
@@ -106,16 +102,13 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log(present, step=step)
 
-    def close(self) -> None:
-        """Flush and end every tracker. Safe to call twice."""
-        while self._trackers:
-            self._trackers.pop().finish()
-
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Flush and end every tracker."""
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int) -> GeneralTracker:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import ModelConfig
 from alignment.files import atomic_directory
 from alignment.presets import preset_config, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 disable_progress_bar()  # its bars for every load and save would tear the stage's own display
 
@@ -45,8 +42,7 @@ def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) ->
     Raises `ValueError` naming the path when it cannot be loaded or has no end token.
     """
     source = model_source(config, base_dir)
-    if source is None:
-        assert config.init is not None
+    if config.init is not None:
         tokenizer = train_tokenizer(config.init, texts)
     else:
         try:
@@ -72,8 +68,7 @@ def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, base_d
     and for `norm_topk_prob` on DeepSeek-V2, which Transformers ignores and vLLM honours.
     """
     source = model_source(config, base_dir)
-    if source is None:
-        assert config.init is not None
+    if config.init is not None:
         result = preset_config(config.init, tokenizer)
     else:
         try:

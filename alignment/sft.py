@@ -31,8 +31,7 @@ def sft_step(engine: Engine, batch: Sequence[Trajectory], config: SFTConfig, ste
     """One update on the mean negative log-likelihood over the batch's loss-carrying tokens."""
     rate = learning_rate(config, step - 1, steps)
     total = sum(int(row.loss_mask[1:].sum()) for row in batch)
-    held = list(batch)
-    rows = [TrainRow(Handle(held, i), i, len(row.token_ids), 1.0, 1 / max(1, total)) for i, row in enumerate(batch)]
+    rows = [TrainRow(Handle(batch, i), i, len(row.token_ids), 1.0, 1 / max(1, total)) for i, row in enumerate(batch)]
     with engine.phase("train") as policy:
         metrics = policy.update(rows, sft_loss, learning_rate=rate, temperature=1.0, max_grad_norm=config.max_grad_norm)
     return metrics | {"learning_rate": rate, "tokens/total": float(sum(row.length for row in rows))}

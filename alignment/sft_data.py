@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from trl.data_utils import common_prefix_length, is_conversational_from_value, m
 
 from alignment.config import SFTConfig
 from rollout.prompts import encode_chat, encode_strings, encode_text, is_chat
-from rollout.types import Trajectory
+from rollout.types import Text, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,14 +33,23 @@ def make_sft_rows(
     Counts: `rows`, `kept`, `cut` (longer than `max_length`), `dropped` (no token with loss left), `tokens`,
     `loss_tokens`. Raises `ValueError` naming `source` and the row.
     """
+    texts = [_prompt_and_whole(row, f"{source}, row {index}", tokenizer.eos_token) for index, row in enumerate(rows)]
+    strings = encode_strings(chain.from_iterable(texts), tokenizer)
     trajectories, cut = [], 0
-    strings = encode_strings((text for row in rows for text in _prompt_and_whole(row, tokenizer.eos_token)), tokenizer)
-    for index, row in enumerate(rows):
+    for index, (row, (prompt, whole)) in enumerate(zip(rows, texts, strict=True)):
         where = f"{source}, row {index}"
-        if _is_pair(row):
-            token_ids, loss_mask = _encode_pair(row, strings, where, tokenizer, config.completion_only)
-        else:
-            token_ids, loss_mask = _encode_messages(row, where, tokenizer, config.completion_only)
+        tools = row.get("tools")
+        template = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+        template |= row.get("chat_template_kwargs") or {}
+        if config.completion_only and prompt is None:  # a chat whose template marks the assistant's words
+            template |= {"return_assistant_tokens_mask": True, "chat_template": _marked_template(tokenizer, where)}
+            encoded = encode_chat(whole, tokenizer, where, **template)
+            token_ids, loss_mask = encoded["input_ids"], np.array(encoded["assistant_masks"], bool)
+        else:  # tokenised apart, prompt and whole: the completion starts where the two diverge (TRL's rule)
+            token_ids, before = encode_text(whole, strings, tokenizer, where, **template), []
+            if config.completion_only:
+                before = encode_text(prompt, strings, tokenizer, where, add_generation_prompt=True, **template)
+            loss_mask = np.arange(len(token_ids)) >= common_prefix_length(before, token_ids)
         cut += len(token_ids) > config.max_length
         token_ids, loss_mask = np.array(token_ids[: config.max_length], np.int32), loss_mask[: config.max_length]
         loss_mask[:1] = False
@@ -59,57 +69,19 @@ def make_sft_rows(
     }
 
 
-def _is_pair(row: Mapping[str, Any]) -> bool:
-    return {"prompt", "completion"} <= row.keys()
-
-
-def _prompt_and_whole(row: Mapping[str, Any], eos_token: str) -> tuple[Any, ...]:
-    """Prompt and prompt + completion (a string gets the end token) if both are strings, or both are lists."""
-    if not _is_pair(row) or {type(row["prompt"]), type(row["completion"])} not in ({str}, {list}):
-        return ()
-    prompt, completion = row["prompt"], row["completion"]
-    ends = not isinstance(completion, str) or completion.endswith(eos_token)
-    return prompt, prompt + (completion if ends else completion + eos_token)
-
-
-def _encode_pair(
-    row: Mapping[str, Any],
-    strings: Mapping[str, list[int]],
-    where: str,
-    tokenizer: PreTrainedTokenizerBase,
-    completion_only: bool,
-) -> tuple[list[int], np.ndarray]:
-    """Prompt and prompt + completion, tokenised apart: the completion starts where the two diverge (TRL's rule)."""
-    chats = {is_chat(row[name], f"{where}, column `{name}`") for name in ("prompt", "completion")}
-    if len(chats) > 1:
-        raise ValueError(f"{where}: `prompt` and `completion` must both be strings or both be chat messages")
-    prompt, whole = _prompt_and_whole(row, tokenizer.eos_token)
-    template = _template(row)
-    before = encode_text(prompt, strings, tokenizer, where, add_generation_prompt=True, **template)
-    token_ids = encode_text(whole, strings, tokenizer, where, **template)
-    start = common_prefix_length(before, token_ids) if completion_only else 0
-    return token_ids, np.arange(len(token_ids)) >= start
-
-
-def _encode_messages(
-    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
-) -> tuple[list[int], np.ndarray]:
-    """A whole chat; the template's `{% generation %}` blocks are the assistant's words."""
+def _prompt_and_whole(row: Mapping[str, Any], where: str, eos_token: str) -> tuple[Text | None, Text]:
+    """Prompt and prompt + completion (a string gets the end token), or None and the messages of a whole chat."""
+    if {"prompt", "completion"} <= row.keys():
+        prompt, completion = row["prompt"], row["completion"]
+        if is_chat(prompt, f"{where}, column `prompt`") != is_chat(completion, f"{where}, column `completion`"):
+            raise ValueError(f"{where}: `prompt` and `completion` must both be strings or both be chat messages")
+        ends = not isinstance(completion, str) or completion.endswith(eos_token)
+        return prompt, prompt + (completion if ends else completion + eos_token)
     if row.get("conversations") and is_conversational_from_value(row):
         row = maybe_convert_to_chatml(copy.deepcopy(dict(row)))  # it changes the row in place
     if not is_chat(row.get("messages"), f"{where}, column `messages`"):
         raise ValueError(f"{where}: `messages` must be a list of chat messages, got a string")
-    template = _template(row)
-    if completion_only:
-        template |= {"return_assistant_tokens_mask": True, "chat_template": _marked_template(tokenizer, where)}
-    encoded = encode_chat(row["messages"], tokenizer, where, **template)
-    token_ids = encoded["input_ids"]
-    return token_ids, np.array(encoded["assistant_masks"] if completion_only else [1] * len(token_ids), bool)
-
-
-def _template(row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+    return None, row["messages"]
 
 
 def _marked_template(tokenizer: PreTrainedTokenizerBase, where: str) -> str | None:

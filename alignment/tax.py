@@ -77,7 +77,7 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
     """
     if not (n > 0 and gained >= 0 and lost >= 0 and gained + lost <= n):
         raise ValueError(f"{gained} gained and {lost} lost of {n} items is impossible")
-    z2 = stats.norm.ppf(0.5 + confidence / 2) ** 2
+    estimate, z2 = (gained - lost) / n, stats.norm.ppf(0.5 + confidence / 2) ** 2
 
     def excess(d: float) -> float:
         """Positive where |T(d)| > z; written without the division, which is 0/0 at the ends."""
@@ -87,17 +87,14 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
         return (gained - lost - n * d) ** 2 - z2 * n * (2 * q + d * (1 - d))
 
     def limit(end: float) -> float:
-        estimate = (gained - lost) / n
-        if estimate == end:
-            return end
         # A hair inside: with no flips the estimate itself is a second, spurious root.
-        return float(optimize.brentq(excess, estimate + end * 1e-9, end, xtol=1e-12))
+        return end if estimate == end else float(optimize.brentq(excess, estimate + end * 1e-9, end, xtol=1e-12))
 
     return limit(-1.0), limit(1.0)
 
 
-def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time.
+def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95% BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time.
 
     Equal differences give an interval of no width (resampling cannot know more); one item gives NaN.
     """
@@ -105,14 +102,9 @@ def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95, seed: 
         return math.nan, math.nan
     if np.ptp(differences) == 0:
         return float(differences[0]), float(differences[0])
+    batch = max(1, 2_000_000 // len(differences))
     interval = stats.bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=10_000,
-        batch=max(1, 2_000_000 // len(differences)),
-        confidence_level=confidence,
-        method="BCa",
-        rng=np.random.default_rng(seed),
+        (differences,), np.mean, n_resamples=10_000, batch=batch, confidence_level=0.95, method="BCa", rng=0
     ).confidence_interval
     return float(interval.low), float(interval.high)
 
@@ -133,7 +125,6 @@ def compare(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> list[T
 
 
 def _row(before: TaskResult, after: TaskResult, benchmark: str) -> TaxRow:
-    n = len(before.items)
     for index, (left, right) in enumerate(zip_longest(before.items, after.items)):
         if left != right:
             raise ValueError(f"{before.name}: item {index} is {left!r} before, {right!r} after; they cannot be paired")
@@ -141,11 +132,11 @@ def _row(before: TaskResult, after: TaskResult, benchmark: str) -> TaxRow:
     better = differences if before.higher_is_better else -differences
     gained, lost = int((better > 0).sum()), int((better < 0).sum())
     if np.isin(before.values, (0, 1)).all() and np.isin(after.values, (0, 1)).all():
-        low, high = tango_interval(int((differences > 0).sum()), int((differences < 0).sum()), n)
+        low, high = tango_interval(int((differences > 0).sum()), int((differences < 0).sum()), len(differences))
     else:
         low, high = bootstrap_interval(differences)
     means = float(before.values.mean()), float(after.values.mean()), float(differences.mean())
-    return TaxRow(benchmark, *means, low, high, gained, lost, n, before.higher_is_better)
+    return TaxRow(benchmark, *means, low, high, gained, lost, len(differences), before.higher_is_better)
 
 
 def detectable_drop(n: int, discordance: float = 0.2) -> float:

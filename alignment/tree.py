@@ -21,129 +21,36 @@ from rollout.types import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
-    """Some sequences of one group, merged.
+class Branch:
+    """One sequence of a tree, whose first `shared` nodes are those of the sequence before it.
 
-    token_ids, positions, ends: [N] int64; ends is one past the last node of the subtree.
-    sources, targets: [C] int64, token c is `targets[c]`, predicted from node `sources[c]`.
-    rows: [C] int64, index of the token's sequence among those given to `plant`.
-    copies: [N] int64, how many of the sequences run through each node.
-    routes: [N, L, K] int16 experts of each node as the sampler chose them, or None.
+    row: what its tokens are labelled with in `MicroBatch.rows`.
     """
 
-    token_ids: np.ndarray
-    positions: np.ndarray
-    ends: np.ndarray
-    sources: np.ndarray
-    targets: np.ndarray
-    rows: np.ndarray
-    copies: np.ndarray
-    routes: np.ndarray | None
+    trajectory: Trajectory
+    row: int
+    shared: int
 
     @property
     def size(self) -> int:
-        """Number of nodes."""
-        return len(self.token_ids)
+        """Number of nodes that are its own."""
+        return len(self.trajectory.token_ids) - 1 - self.shared
 
 
-def plant(
-    trajectories: Sequence[Trajectory], rows: Sequence[int], max_nodes: int, *, by_routes: bool = False
-) -> list[Tree]:
-    """Merge the sequences of one group into trees of at most `max_nodes` nodes (a longer sequence stands alone).
-
-    A token is shared where the sequences agree up to it: on tokens, and with `by_routes` on the experts that the
-    sampler chose for them (otherwise a shared node has the experts of one of its sequences).
-    rows: what each trajectory's tokens are labelled with in `Tree.rows`. Within a row, tokens keep their order.
-    """
-    # Sorted, a sequence shares more with its neighbour than with any other, and depth-first order comes by itself.
-    keys = [_read(trajectory, by_routes) for trajectory in trajectories]
-    order = sorted(range(len(keys)), key=lambda i: (keys[i].tobytes(), int(trajectories[i].token_ids[-1])))
-    trees, branch = [], _Branch()
-    for i in order:
-        if branch.size and branch.size_with(keys[i]) > max_nodes:
-            trees.append(branch.tree())
-            branch = _Branch()
-        branch.add(trajectories[i], keys[i], rows[i])
-    trees.append(branch.tree())
-    return trees
-
-
-def _read(trajectory: Trajectory, by_routes: bool) -> np.ndarray:
-    """[T-1, 1 + L * K] big-endian, so that bytes sort like numbers: what the model reads, and by which experts."""
-    tokens = trajectory.token_ids[:-1, None]
-    if trajectory.routes is None or not by_routes:
-        return tokens.astype(">i4")
-    return np.concatenate([tokens, trajectory.routes.reshape(len(tokens), -1)], axis=1).astype(">i4")
-
-
-class _Branch:
-    """A tree under construction; sequences come in sorted order."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._tokens: list[np.ndarray] = []
-        self._routes: list[np.ndarray] = []
-        self._positions: list[np.ndarray] = []
-        self._ends: list[np.ndarray] = []
-        self._sources: list[np.ndarray] = []
-        self._targets: list[np.ndarray] = []
-        self._rows: list[np.ndarray] = []
-        self._last: np.ndarray | None = None  # what the newest sequence read
-        self._path = np.empty(0, np.int64)  # and its nodes
-        self._paths: list[np.ndarray] = []
-        self._closed: list[tuple[np.ndarray, int]] = []
-
-    def _shared(self, read: np.ndarray) -> int:
-        if self._last is None:
-            return 0
-        n = min(len(read), len(self._last))
-        differ = np.flatnonzero((read[:n] != self._last[:n]).any(1))
-        return int(differ[0]) if len(differ) else n
-
-    def size_with(self, read: np.ndarray) -> int:
-        return self.size + len(read) - self._shared(read)
-
-    def add(self, trajectory: Trajectory, read: np.ndarray, row: int) -> None:
-        shared = self._shared(read)
-        self._closed.append((self._path[shared:], self.size))
-        new = np.arange(self.size, self.size + len(read) - shared)
-        self._tokens.append(read[shared:, 0].astype(np.int64))
-        if trajectory.routes is not None:
-            self._routes.append(trajectory.routes[shared:])
-        self._positions.append(np.arange(shared, len(read)))
-        self._path = np.concatenate([self._path[:shared], new])
-        self._paths.append(self._path)
-        self._last = read
-        self.size += len(new)
-        spoken = np.flatnonzero(trajectory.loss_mask[1:])
-        self._sources.append(self._path[spoken])
-        self._targets.append(trajectory.token_ids[1:][spoken].astype(np.int64))
-        self._rows.append(np.full(len(spoken), row, np.int64))
-
-    def tree(self) -> Tree:
-        ends = np.full(self.size, self.size, np.int64)
-        for nodes, end in self._closed:
-            ends[nodes] = end
-        return Tree(
-            token_ids=np.concatenate(self._tokens),
-            positions=np.concatenate(self._positions),
-            ends=ends,
-            sources=np.concatenate(self._sources),
-            targets=np.concatenate(self._targets),
-            rows=np.concatenate(self._rows),
-            copies=np.bincount(np.concatenate(self._paths), minlength=self.size),
-            routes=np.concatenate(self._routes) if self._routes else None,
-        )
+Tree = list[Branch]
+"""Some sequences of one group, sorted, so that each shares more with its neighbours than with any other."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Trees packed for one forward pass. All arrays int64 unless said.
 
-    token_ids, positions, ends: [N]. lengths: [R] nodes per tree, longest first.
-    sources, targets: [M] each distinct edge once. edges: [C] index into M of every loss-carrying token.
+    token_ids, positions, ends: [N]; ends is one past the last node of the subtree.
+    lengths: [R] nodes per tree, longest first.
+    sources, targets: [M] each distinct edge once: `targets[m]` is predicted from node `sources[m]`.
+    edges: [C] index into M of every loss-carrying token.
     rows: [C] the token's row; tokens of a row are in order. copies: [N] sequences through each node.
-    routes: [N, L, K] int16 experts that the sampler chose, or None.
+    routes: [N, L, K] int16 experts of each node as the sampler chose them, or None.
     """
 
     token_ids: np.ndarray
@@ -158,17 +65,54 @@ class MicroBatch:
     routes: np.ndarray | None
 
 
+def plant(
+    trajectories: Sequence[Trajectory], rows: Sequence[int], max_nodes: int, *, by_routes: bool = False
+) -> list[Tree]:
+    """Merge the sequences of one group into trees of at most `max_nodes` nodes (a longer sequence stands alone).
+
+    A token is shared where the sequences agree up to it: on tokens, and with `by_routes` on the experts that the
+    sampler chose for them (otherwise a shared node has the experts of one of its sequences).
+    """
+    # Sorted, depth-first order comes by itself.
+    keys = [_read(trajectory, by_routes) for trajectory in trajectories]
+    order = sorted(range(len(keys)), key=lambda i: (keys[i].tobytes(), int(trajectories[i].token_ids[-1])))
+    trees: list[Tree] = []
+    size, last = 0, keys[0][:0]
+    for i in order:
+        n = min(len(last), len(keys[i]))
+        shared = int(np.cumprod((last[:n] == keys[i][:n]).all(axis=1)).sum())
+        if not trees or size + len(keys[i]) - shared > max_nodes:
+            trees.append([])
+            size = shared = 0
+        trees[-1].append(Branch(trajectories[i], rows[i], shared))
+        size += len(keys[i]) - shared
+        last = keys[i]
+    return trees
+
+
+def _read(trajectory: Trajectory, by_routes: bool) -> np.ndarray:
+    """[T-1, 1 + L * K] big-endian, so that bytes sort like numbers: what the model reads, and by which experts."""
+    tokens = trajectory.token_ids[:-1, None]
+    if trajectory.routes is None or not by_routes:
+        return tokens.astype(">i4")
+    return np.concatenate([tokens, trajectory.routes.reshape(len(tokens), -1)], axis=1).astype(">i4")
+
+
 def pack(trees: Sequence[Tree], max_nodes: int) -> list[MicroBatch]:
     """Pack trees, longest first, into micro-batches of at most `max_nodes` nodes (a longer tree goes alone)."""
     batches: list[list[Tree]] = []
-    size = max_nodes + 1
-    for tree in sorted(trees, key=lambda tree: -tree.size):
-        if size + tree.size > max_nodes:
+    size = 0
+    for tree in sorted(trees, key=_size, reverse=True):
+        if not batches or size + _size(tree) > max_nodes:
             batches.append([])
             size = 0
         batches[-1].append(tree)
-        size += tree.size
-    return [_join(batch) for batch in batches]
+        size += _size(tree)
+    return [_micro_batch(batch) for batch in batches]
+
+
+def _size(tree: Tree) -> int:
+    return sum(branch.size for branch in tree)
 
 
 def empty_micro_batch(token_id: int = 0) -> MicroBatch:
@@ -177,22 +121,33 @@ def empty_micro_batch(token_id: int = 0) -> MicroBatch:
     return MicroBatch(one * token_id, one * 0, one, one, none, none, none, none, one * 0, None)
 
 
-def _join(trees: Sequence[Tree]) -> MicroBatch:
-    lengths = np.array([tree.size for tree in trees], np.int64)
-    offsets = np.cumsum(lengths) - lengths
-    sources = np.concatenate([tree.sources + offset for tree, offset in zip(trees, offsets, strict=True)])
-    targets = np.concatenate([tree.targets for tree in trees])
-    base = int(targets.max(initial=0)) + 1
-    pairs, edges = np.unique(sources * base + targets, return_inverse=True)
+def _micro_batch(trees: Sequence[Tree]) -> MicroBatch:
+    branches = [branch for tree in trees for branch in tree]
+    lengths = np.array([_size(tree) for tree in trees], np.int64)
+    ends = np.full(lengths.sum(), lengths.sum())
+    start, path = 0, np.empty(0, np.int64)
+    paths, sources, targets = [], [], []
+    for branch in branches:
+        ends[path[branch.shared :]] = start  # what the sequence before had to itself is over
+        path = np.concatenate([path[: branch.shared], np.arange(start, start := start + branch.size)])
+        said = branch.trajectory.loss_mask[1:]
+        paths.append(path)
+        sources.append(path[said])
+        targets.append(branch.trajectory.token_ids[1:][said])
+    said_C = np.concatenate(targets)
+    base = int(said_C.max(initial=0)) + 1
+    pairs, edges = np.unique(np.concatenate(sources) * base + said_C, return_inverse=True)
+    read = [branch.trajectory.token_ids[branch.shared : -1] for branch in branches]
+    routes = [branch.trajectory.routes[branch.shared :] for branch in branches if branch.trajectory.routes is not None]
     return MicroBatch(
-        token_ids=np.concatenate([tree.token_ids for tree in trees]),
-        positions=np.concatenate([tree.positions for tree in trees]),
-        ends=np.concatenate([tree.ends + offset for tree, offset in zip(trees, offsets, strict=True)]),
+        token_ids=np.concatenate(read).astype(np.int64),
+        positions=np.concatenate([np.arange(branch.shared, branch.shared + branch.size) for branch in branches]),
+        ends=ends,
         lengths=lengths,
         sources=pairs // base,
         targets=pairs % base,
-        edges=edges.reshape(-1),
-        rows=np.concatenate([tree.rows for tree in trees]),
-        copies=np.concatenate([tree.copies for tree in trees]),
-        routes=None if trees[0].routes is None else np.concatenate([tree.routes for tree in trees]),
+        edges=edges,
+        rows=np.repeat([branch.row for branch in branches], [len(nodes) for nodes in sources]),
+        copies=np.bincount(np.concatenate(paths), minlength=len(ends)),
+        routes=np.concatenate(routes) if routes else None,
     )

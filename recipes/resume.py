@@ -19,8 +19,8 @@ from recipes.versions import versions
 class StageFolder:
     """`NN-name/` of one stage (00-base: the policy before the first).
 
-    final: a Transformers directory, there when the stage is done. results: of the evals after it, by item; there when
-    they are complete.
+    experts: each step's load of every expert. final: a Transformers directory, there when the stage is done. results:
+    of the evals after it, by item; there when they are complete.
     """
 
     def __init__(self, run_dir: Path, number: int, name: str) -> None:
@@ -28,6 +28,7 @@ class StageFolder:
         self.path = path = run_dir / f"{number:02d}-{name}"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
+        self.experts = path / "experts.jsonl"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.results = path / "evals" / "results.json"
@@ -38,10 +39,11 @@ class StageFolder:
         write_text(self.results.with_name("samples.jsonl"), _lines(samples))
         save_results(self.results, results)
 
-    def append_samples(self, rows: list[dict[str, Any]]) -> None:
-        """Add completions of a step to `samples.jsonl`."""
-        with self.samples.open("a", encoding="utf-8") as file:
-            file.write(_lines(rows))
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a .jsonl file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_lines(rows))
 
 
 class RunFolder:

@@ -117,6 +117,8 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         most = longest if grpo else config.max_length
         if most > budget:
             yield key, f"a sequence of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
+        if config.capacity is not None and "devices" not in recipe.train.balance:
+            yield (*key, "capacity"), "needs `train.balance.devices`: it limits a device's share of the experts"
         names.append(stage.name)
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
         yield ("evals", "max_new_tokens"), no_room

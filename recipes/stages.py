@@ -21,7 +21,7 @@ from hybrid_engine.health import WorkerError
 from recipes.build import Run, build_run, build_steps
 from recipes.progress import StageProgress, print_tax
 from recipes.report import write_report
-from recipes.resume import RunFolder, StageFolder
+from recipes.resume import RunFolder, StageFolder, append
 from recipes.schema import Recipe, Stage, resolved
 
 
@@ -86,7 +86,7 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stream, steps, first, total = build_steps(run, recipe.stages.index(stage), folder, stack)
-        for path in (folder.metrics, folder.samples):
+        for path in (folder.metrics, folder.samples, folder.experts):
             truncate_after(path, first)
         log = stack.enter_context(closing(MetricsLog(folder.metrics)))
         trackers = Trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), first + 1)
@@ -99,11 +99,13 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
         for done in steps:
             metrics = done.metrics | run.engine.take_metrics() | {"time/step": time.perf_counter() - begun}
             begun = time.perf_counter()
+            if (load := metrics.pop("experts/load", None)) is not None:
+                append(folder.experts, [{"step": done.step, "load": load}])
             log.append(done.step, metrics)
             trackers.log(done.step, metrics)
             progress.step(done.step, metrics)
             if isinstance(done, GRPOStep):
-                folder.append_samples(_samples(done))
+                append(folder.samples, _samples(done))
             if interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < total):
                 extra = {"step": done.step, "stream": stream.state()}
                 run.engine.save_checkpoint(step_dir(folder.checkpoints, done.step), extra)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from rewards.text import completion_text
 
 
 def exact_match(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float]:
@@ -15,3 +13,8 @@ def exact_match(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
     """
     pairs = zip(completions, answer, strict=True)
     return [float(completion_text(completion).strip() == str(gold).strip()) for completion, gold in pairs]
+
+
+def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a completion in either of TRL's formats; of a conversational one, the content of the last message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.text import completion_text
+from rewards.exact_match import completion_text
 
 
 def matches(completions: Sequence[Any], pattern: str, search: bool = False, **kwargs: Any) -> list[float]:

@@ -29,9 +29,8 @@ def check_reward(config: RewardConfig, base_dir: Path, columns: Set[str]) -> Non
     given = {*PASSED, *passed, *config.args}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {name: parameter for name, parameter in signature.parameters.items() if parameter.kind not in variadic}
-    for name in config.args:
-        if name not in named:
-            raise ValueError(f"{reward}: `args` has {name!r}, no parameter of it{nearest(name, named)}")
+    if unknown := sorted(config.args.keys() - named):
+        raise ValueError(f"{reward}: `args` has {unknown[0]!r}, no parameter of it{nearest(unknown[0], named)}")
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in given:
             hint = nearest(name, passed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from rewards.text import completion_text
+from rewards.exact_match import completion_text
 
 LIMIT = 3
 """Seconds for reading an answer (milliseconds, as a rule), and for comparing it: `9^{9^9}` would take hours."""

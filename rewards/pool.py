@@ -8,9 +8,16 @@ submit(groups) ──> one thread per reward ──> its worker process: one cal
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +26,11 @@ import numpy as np
 from rewards.base import RewardError
 from rewards.config import RewardConfig
 from rewards.loader import NOT_COLUMNS
-from rewards.process import WorkerProcess
 from rewards.worker import Batch, Reply
 from rollout.types import Group, Scores
+
+LOAD_LIMIT = 300.0
+"""Seconds for importing a reward's module, which may bring torch along."""
 
 
 class RewardPool:
@@ -41,24 +50,21 @@ class RewardPool:
         max_steps: of the stage, for `trainer_state`. A function sees every batch, in order of submission. One that
         cannot be loaded makes the futures raise.
         """
-        self._configs, self._max_steps = configs, max_steps
-        self._processes = [WorkerProcess(config.function, config.args, base_dir) for config in configs]
-        self._threads = [ThreadPoolExecutor(1) for _ in configs]
+        self._max_steps = max_steps
+        self._workers = [WorkerProcess(config, base_dir) for config in configs]
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
         """As `Scorer.submit`."""
         batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
-        calls = zip(self._threads, self._configs, self._processes, strict=True)
-        replies = [thread.submit(_score, config, process, groups, batch) for thread, config, process in calls]
-        return self._sum.submit(_combine, groups, self._configs, replies)
+        replies = [worker.thread.submit(_score, worker, groups, batch) for worker in self._workers]
+        return self._sum.submit(_combine, groups, [worker.config for worker in self._workers], replies)
 
     def close(self) -> None:
         """Kill every worker; futures that are not done raise RewardError. Safe to call twice."""
-        for process in self._processes:
-            process.close()
-        for thread in (*self._threads, self._sum):
-            thread.shutdown()
+        for worker in self._workers:
+            worker.close()
+        self._sum.shutdown()
 
     def __enter__(self) -> RewardPool:
         return self
@@ -80,27 +86,102 @@ def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
     return Batch(columns, [np.asarray(one.token_ids, np.int32).tobytes() for _, one in rows], trainer_state)
 
 
-def _score(config: RewardConfig, process: WorkerProcess, groups: Sequence[Group], batch: Batch) -> Reply:
+class WorkerProcess:
+    """One process with one reward function, loading from the start; started again after a hang or a death.
+
+    A fresh interpreter: it inherits no torch, Ray or CUDA state, and the parent's `__main__` is not run again.
+    It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. What it prints
+    goes to standard error. The kernel kills it when the thread that started it ends. Its calls queue in `thread`.
+    """
+
+    def __init__(self, config: RewardConfig, base_dir: Path) -> None:
+        self.config = config
+        self.thread = ThreadPoolExecutor(1)
+        self._setup = pickle.dumps((config.function, config.args, base_dir))
+        self._lock = threading.Lock()
+        self._closed = False
+        self._launch()
+
+    def ready(self) -> None:
+        """Wait until the function is loaded; RewardError when it cannot be, or the worker is closed."""
+        if self._process.returncode is not None:
+            self._launch()
+        if not self._loaded:
+            failure = self._exchange(LOAD_LIMIT).failure
+            if failure is not None:
+                self._kill()
+                reward = f"reward {self.config.function!r}"
+                raise RewardError("the reward pool is closed" if self._closed else f"{reward}: {failure}")
+            self._loaded = True
+
+    def call(self, batch: Batch) -> Reply:
+        """Score `batch` within `timeout`; a hang or a death is a `Reply` with `failure`. Raises as `ready`."""
+        self.ready()
+        return self._exchange(self.config.timeout, batch)
+
+    def close(self) -> None:
+        """Kill the process for good; a `call` after it raises RewardError."""
+        with self._lock:
+            self._closed = True
+        self._kill()
+        self.thread.shutdown()
+
+    def _launch(self) -> None:
+        self._connection, theirs = Pipe()
+        bootstrap = (
+            f"import sys; sys.path[:] = {sys.path!r}; from rewards.worker import main; "
+            f"main({theirs.fileno()}, {os.getpid()}, {self._setup!r})"
+        )
+        with self._lock, theirs:
+            if self._closed:
+                raise RewardError("the reward pool is closed")
+            self._loaded = False
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-c", bootstrap],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # the parent's standard output belongs to those who read it
+                start_new_session=True,
+            )
+
+    def _exchange(self, limit: float, *batches: Batch) -> Reply:
+        """Send, and wait for the next message; without one the process is dead afterwards."""
+        try:
+            for batch in batches:
+                self._connection.send(batch)
+            if self._connection.poll(limit):
+                return self._connection.recv()
+            self._kill()
+            return Reply(failure=f"gave no answer within {limit:g} s")
+        except (EOFError, ConnectionError):
+            code = self._kill()  # too late for one that has exited: its exit code stays
+            end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return Reply(failure=f"its process {end}")
+
+    def _kill(self) -> int:
+        """Kill the process and its children, and return its exit code (negative: the signal)."""
+        with self._lock:
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)  # not yet waited for, so the id is still its own
+            return self._process.wait()
+
+
+def _score(worker: WorkerProcess, groups: Sequence[Group], batch: Batch) -> Reply:
     """One function's values of a submission, a str where the completion is masked; RewardError as `on_error` says."""
-    tried = size = len(batch.token_ids)
-    reply = process.call(batch, config.timeout)
-    faults = {position: value for position, value in enumerate(reply.values) if isinstance(value, str)}
-    if reply.failure is not None:
-        faults, tried = _one_by_one(config, process, batch)
-    if config.on_error == "stop" and (faults or reply.failure is not None):
-        error = RewardError(_message(config, groups, reply, faults, tried))
-        if reply.trace:
-            error.add_note(reply.trace)
-        raise error
+    size = len(batch.token_ids)
+    reply = worker.call(batch)
+    values = reply.values if reply.failure is None else _one_by_one(worker, batch)
+    sound = [position for position, value in enumerate(values) if not isinstance(value, str)]
+    if worker.config.on_error == "stop" and (reply.failure is not None or len(sound) < len(values)):
+        raise _error(worker.config, groups, reply, values)
     if reply.failure is None:
         return reply
-    sound = [position for position in range(tried) if position not in faults]
-    if faults and sound:
-        again = process.call(batch.select(sound), config.timeout)
-        if again.failure is None:
-            extra = {column: _spread(logged, sound, [None] * size) for column, logged in again.extra.items()}
-            return Reply(values=_spread(again.values, sound, ["masked"] * size), extra=extra, metrics=again.metrics)
-    return Reply(values=["masked"] * size)
+    again = worker.call(batch.select(sound)) if 0 < len(sound) < len(values) else reply
+    if again.failure is not None:
+        return Reply(values=["masked"] * size)
+    columns = {name: values for name, values in again.logged.items() if isinstance(values, list)}
+    spread = {name: _spread(values, sound, [None] * size) for name, values in columns.items()}
+    return Reply(values=_spread(again.values, sound, ["masked"] * size), logged={**again.logged, **spread})
 
 
 def _spread(values: Sequence[Any], positions: Sequence[int], others: list[Any]) -> list[Any]:
@@ -108,59 +189,57 @@ def _spread(values: Sequence[Any], positions: Sequence[int], others: list[Any]) 
     return [given.get(position, other) for position, other in enumerate(others)]
 
 
-def _one_by_one(config: RewardConfig, process: WorkerProcess, batch: Batch) -> tuple[dict[int, str], int]:
-    """Call the function with each completion alone: position -> what went wrong, and how many were tried.
+def _one_by_one(worker: WorkerProcess, batch: Batch) -> list[float | str | None]:
+    """Call the function with each completion alone: the values of those that were tried, a str for what went wrong.
 
     To stop the run one culprit is enough; after two time limits a batch that timed out was merely slow. To mask,
     every culprit is wanted, and each one that hangs costs a time limit: after ten the rest counts as untried.
     """
-    stop = config.on_error == "stop"
-    process.ready()  # the time that loading takes is not the function's
-    deadline = time.monotonic() + config.timeout * (2 if stop else 10)
-    faults: dict[int, str] = {}
+    stop = worker.config.on_error == "stop"
+    worker.ready()  # the time that loading takes is not the function's
+    deadline = time.monotonic() + worker.config.timeout * (2 if stop else 10)
+    values: list[float | str | None] = []
     for position in range(len(batch.token_ids)):
-        if time.monotonic() > deadline or (stop and faults):
-            return faults, position
-        reply = process.call(batch.select([position]), config.timeout)
-        fault = reply.failure or reply.values[0]
-        if isinstance(fault, str):
-            faults[position] = fault
-    return faults, len(batch.token_ids)
+        reply = worker.call(batch.select([position]))
+        values.append(reply.failure or reply.values[0])
+        if time.monotonic() > deadline or (stop and isinstance(values[-1], str)):
+            break
+    return values
 
 
-def _message(config: RewardConfig, groups: Sequence[Group], reply: Reply, faults: dict[int, str], tried: int) -> str:
-    reward = f"reward {config.label!r} ({config.function})"
+def _error(config: RewardConfig, groups: Sequence[Group], reply: Reply, values: Sequence[Any]) -> RewardError:
+    """What went wrong in a call; `values`: of its completions, or of those that were then tried alone."""
     places = [(group.prompt.index, position) for group in groups for position in range(len(group.completions))]
+    faults = [(place, cause) for place, cause in zip(places, values, strict=False) if isinstance(cause, str)]
+    whole = f"the call with all {len(places)} completions"
     if faults:
-        position, cause = min(faults.items())
-        row, completion = places[position]
-        other = reply.failure not in (None, cause)
-        whole = f"; the call with all {len(places)} completions: {reply.failure}" if other else ""
-        return f"{reward}, dataset row {row} (counted from 0), completion {completion} of its group: {cause}{whole}"
-    return (
-        f"{reward}: the call with all {len(places)} completions failed: {reply.failure}; with one at a time, the "
-        f"first {tried} passed. Look for what depends on the whole batch (its size, state, `timeout`)"
-    )
+        (row, completion), cause = faults[0]
+        other = f"; {whole}: {reply.failure}" if reply.failure not in (None, cause) else ""
+        said = f", dataset row {row} (counted from 0), completion {completion} of its group: {cause}{other}"
+    else:
+        said = (
+            f": {whole} failed: {reply.failure}; with one at a time, the first {len(values)} passed. Look for what "
+            "depends on the whole batch (its size, state, `timeout`)"
+        )
+    error = RewardError(f"reward {config.label!r} ({config.function}){said}")
+    if reply.trace:
+        error.add_note(reply.trace)
+    return error
 
 
 def _combine(groups: Sequence[Group], configs: Sequence[RewardConfig], futures: list[Future[Reply]]) -> list[Scores]:
+    """Weighted sums of what applies to a completion (TRL's nansum); NaN where nothing does, or a function failed."""
     replies = [future.result() for future in futures]
-    columns = {name: values for reply in replies for name, values in reply.extra.items()}
-    metrics = {name: value for reply in replies for name, value in reply.metrics.items()}
-    totals = [_total(values, configs) for values in zip(*(reply.values for reply in replies), strict=True)]
-    parts = {
-        config.label: [value if isinstance(value, float) else math.nan for value in reply.values]
-        for config, reply in zip(configs, replies, strict=True)
-    }
+    logged = {name: value for reply in replies for name, value in reply.logged.items()}
+    failed_RN = np.array([[isinstance(value, str) for value in reply.values] for reply in replies])
+    values_RN = np.array([[v if isinstance(v, float) else math.nan for v in reply.values] for reply in replies])
+    applies_RN, weights_R1 = ~np.isnan(values_RN), np.array([[config.weight] for config in configs])
+    totals_N = sum(np.where(applies_RN, weights_R1 * values_RN, 0.0))  # one after the other, not pairwise
+    totals_N[failed_RN.any(axis=0) | ~applies_RN.any(axis=0)] = math.nan
     scores, end = [], 0
     for group in groups:
         own = slice(end, end := end + len(group.completions))
-        extra = {name: values[own] for name, values in columns.items()} | metrics
-        scores.append(Scores(np.array(totals[own]), {name: np.array(part[own]) for name, part in parts.items()}, extra))
+        extra = {name: value[own] if isinstance(value, list) else value for name, value in logged.items()}
+        parts = {config.label: part_N[own] for config, part_N in zip(configs, values_RN, strict=True)}
+        scores.append(Scores(totals_N[own], parts, extra))
     return scores
-
-
-def _total(values: Sequence[float | str | None], configs: Sequence[RewardConfig]) -> float:
-    """A completion's weighted sum of what applies (TRL's nansum); NaN where nothing does, or a function failed."""
-    terms = [config.weight * value for config, value in zip(configs, values, strict=True) if isinstance(value, float)]
-    return sum(terms) if terms and not any(isinstance(value, str) for value in values) else math.nan

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -55,14 +56,13 @@ class Reply:
 
     failure: why the call gave no values at all (with `trace`, the whole traceback), or None.
     values: [N] the reward; None for "not applicable"; a str that says why it is no reward.
-    extra: [N] values per column of `log_extra`, as str, float, int, bool or None. metrics: means of `log_metric`.
+    logged: [N] values per column of `log_extra`, as str, float, int, bool or None; means of `log_metric`.
     """
 
     failure: str | None = None
     trace: str = ""
     values: Sequence[float | str | None] = ()
-    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    logged: Mapping[str, list[Any] | float] = field(default_factory=dict)
 
 
 def main(fd: int, parent: int, setup: bytes) -> None:
@@ -84,12 +84,9 @@ def main(fd: int, parent: int, setup: bytes) -> None:
         connection.send(Reply(failure=str(error)))
         return
     connection.send(Reply())
-    while True:
-        try:
-            batch = connection.recv()
-        except EOFError:
-            return
-        connection.send(_answer(function, args, batch))
+    with suppress(EOFError):  # the parent is gone
+        while True:
+            connection.send(_answer(function, args, connection.recv()))
 
 
 def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch) -> Reply:
@@ -120,7 +117,7 @@ def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch)
         if len(logged) != size:
             return Reply(failure=f"log_extra({column!r}, ...) got {len(logged)} values for {size} completions")
     means = {name: sum(logged) / len(logged) for name, logged in metrics.items()}
-    return Reply(values=values, extra=dict(extra), metrics=means)
+    return Reply(values=values, logged=dict(extra) | means)
 
 
 @functools.cache
@@ -136,12 +133,10 @@ def _reward(value: Any) -> float | str | None:
     if value is None:
         return None
     try:
-        reward = float(value)
+        finite = math.isfinite(value)  # unlike float(), it reads no text or buffer as a number
     except (TypeError, ValueError, OverflowError, RuntimeError):  # text, an array of several numbers, 10**400
         return f"returned {value!r:.60}, not a number"
-    if isinstance(value, str | bytes):
-        return f"returned {value!r:.60}, not a number"
-    return reward if math.isfinite(reward) else f"returned {reward}"
+    return float(value) if finite else f"returned {float(value)}"
 
 
 def _plain(value: Any) -> Any:

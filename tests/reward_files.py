@@ -85,6 +85,7 @@ def segfaults(completions, **kwargs):
 def odd(completions, bad, **kwargs):
     values = {"nan": float("nan"), "inf": float("inf"), "string": "1.0", "list": [1.0]}
     values |= {"huge": 10**400, "array": np.ones(2)}
+    values |= {"bytes": b"1.0", "bytearray": bytearray(b"1.0"), "memoryview": memoryview(b"1.0")}
     return [values[bad[0]] if c == "bad" else 1.0 for c in completions]
 
 def short(completions, **kwargs):

@@ -147,6 +147,7 @@ def test_a_collapsed_router_is_balanced_by_the_losses_alone() -> None:
 def test_load_by_hand() -> None:
     load = Load(torch.tensor([[2.0, 2.0, 0.0, 0.0]]), torch.tensor([[4.0]]), torch.tensor(4.0))
     metrics = load.metrics()
+    assert metrics.pop("experts/load") == [[200, 200, 0, 0]]
     assert metrics == pytest.approx({"experts/max_load": 2.0, "experts/entropy": 0.5, "experts/dead": 0.5})
 
 

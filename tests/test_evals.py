@@ -17,7 +17,7 @@ from eval_fakes import BigramSampler, Characters
 from lm_eval.api.instance import Instance
 
 from alignment.config import EvalConfig, InitConfig
-from alignment.eval_model import SamplerLM, new_tokens, temperature
+from alignment.eval_model import SamplerLM, generation
 from alignment.evals import check_tasks, run_evals
 from alignment.presets import train_tokenizer
 
@@ -116,16 +116,15 @@ def test_generation_is_one_batch_with_the_tasks_limits_and_comes_back_in_order()
 
 
 def test_generation_limits_and_temperature_as_lm_eval_reads_them():
-    assert [
-        new_tokens({key: 7}) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    ] == 4 * [7]
-    assert temperature({"temperature": 0.6}) == temperature({"do_sample": True, "temperature": 0.6}) == 0.6
-    assert (
-        temperature({"do_sample": False, "temperature": 0.6})
-        == temperature({"do_sample": True})
-        == temperature({})
-        == 0
-    )
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    assert [generation({key: 7})["max_gen_toks"] for key in names] == 4 * [7]
+    assert generation({"max_gen_toks": None, "temperature": None})["max_gen_toks"] == 256
+
+    def temperature(**kwargs: Any) -> float:
+        return generation(kwargs)["temperature"]
+
+    assert temperature(temperature=0.6) == temperature(do_sample=True, temperature=0.6) == 0.6
+    assert temperature(do_sample=False, temperature=0.6) == temperature(do_sample=True) == temperature() == 0
 
 
 def seeds(seed: int, tmp_path: Path) -> list[int | None]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.advantages import group_advantages
+from alignment.batch import group_advantages
 from alignment.config import OptimizerConfig
 from alignment.losses import Correction, grpo_loss, k3, sft_loss
 from alignment.protocols import LossInputs

@@ -8,13 +8,14 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_run import DEMO, fake_run
 
 from alignment.metrics import MetricsLog
 from alignment.tax import row_from_json
 from recipes.report import write_report
-from recipes.report.charts import half_width, line_chart, nice_ticks, time_chart
+from recipes.report.charts import BOTTOM, TOP, Chart, half_width, heat_map, line_chart, nice_ticks, time_chart
 from recipes.report.data import phases, read_run
 
 
@@ -256,3 +257,22 @@ def test_forest_bars_put_gains_right_of_zero(run_dir):
         ends = [row["low"], row["high"], row["difference"]]
         assert all(abs(end) <= scale for end in ends)
         assert [float(x) for x in bar] == pytest.approx([110 * end / scale for end in ends])
+
+
+def cells(chart: Chart) -> dict[tuple[float, float], float]:
+    """(x, y) of every drawn cell -> its darkness."""
+    found = {}
+    for darkness, path in re.findall(r'class="heat" fill-opacity="([\d.]+)" d="([^"]*)"', str(chart.svg)):
+        found |= {(float(x), float(y)): float(darkness) for x, y in re.findall(r"M([\d.]+),([\d.]+)h", path)}
+    return found
+
+
+def test_the_heat_map_is_white_without_tokens_and_black_from_twice_the_mean_on():
+    load = [[0, 100, 200, 100], [400, 0, 0, 0]]
+    found = cells(heat_map("experts", [{"step": step, "load": load} for step in (1, 2)]))
+    lines = sorted({y for _, y in found})
+    assert [found[x, y] for x, y in sorted(found) if x == min(found)[0]] == [0.5, 1.0, 0.5, 1.0]
+    assert len(found) == 8 and np.allclose(np.diff(lines), (BOTTOM - TOP) / 8 * np.array([1, 1, 1]), atol=0.01)
+    steps = [{"step": step, "load": np.full((30, 160), 100).tolist()} for step in range(1, 200)]
+    many = cells(heat_map("experts", steps))
+    assert len({y for _, y in many}) == 30 and set(many.values()) == {0.5}, "of large models a line per layer"

@@ -89,12 +89,12 @@ def test_trees_give_every_sequence_its_own_logprobs_and_gradients(name: str, max
 
 
 def test_shared_prefixes_and_last_tokens_are_not_computed_twice() -> None:
-    (tree,) = plant([trajectory(*item) for item in GROUPS[0]], range(5), 1000)
+    (batch,) = pack(plant([trajectory(*item) for item in GROUPS[0]], range(5), 1000), 1000)
     # read: 1 2 3 4 5 | (same) | 1 2 3 4 6 | 1 2 3 4 | 1 2 3 -> nodes 1 2 3 4 5 6
-    assert tree.token_ids.tolist() == [1, 2, 3, 4, 5, 6]
-    assert tree.positions.tolist() == [0, 1, 2, 3, 4, 4]
-    assert tree.ends.tolist() == [6, 6, 6, 6, 5, 6]
-    (batch,) = pack([tree], 1000)
+    assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 4]
+    assert batch.ends.tolist() == [6, 6, 6, 6, 5, 6]
+    assert batch.copies.tolist() == [5, 5, 5, 4, 2, 1]
     # 3->4, 3->7, 4->5, 4->6, 5->9, 6->9: seven tokens less than the twelve that carry loss
     assert len(batch.sources) == 6 and len(batch.edges) == 12
 
@@ -107,9 +107,9 @@ def test_packing_respects_the_budget_and_loses_nothing() -> None:
         trees += plant([trajectory(tokens[:1], tokens[1:])], [row], 64)
     batches = pack(trees, 64)
     assert all(len(batch.token_ids) <= 64 for batch in batches)
-    assert sorted(np.concatenate([batch.rows for batch in batches]).tolist()) == sorted(
-        np.concatenate([tree.rows for tree in trees]).tolist()
-    )
+    found = np.concatenate([batch.rows for batch in batches]).tolist()
+    expected = [branch.row for tree in trees for branch in tree for _ in branch.trajectory.token_ids[1:]]
+    assert sorted(found) == sorted(expected)
 
 
 def test_an_empty_micro_batch_has_gradients_of_zero() -> None:

@@ -27,7 +27,7 @@ def write_report(run_dir: Path) -> Path:
     page = environment.get_template("page.html").render(
         run=run,
         facts=_facts(run),
-        stages=[(stage, _stage_facts(stage), *stage_charts(stage.metrics)) for stage in run.stages],
+        stages=[(stage, _stage_facts(stage), *stage_charts(stage.metrics, stage.experts)) for stage in run.stages],
         half_width=half_width,
     )
     return write_text(run_dir / "report.html", page)

@@ -18,6 +18,7 @@ from recipes.report.data import phases
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 150, 48, 332, 8, 130
 BINS = 80
+SHADES, MOST_LINES = 16, 128
 KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("reward/mean",)),
     ("Loss", ("loss",)),
@@ -49,8 +50,11 @@ class Chart:
     legend: tuple[tuple[str, str], ...]
 
 
-def stage_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Chart]]:
-    """The charts of a stage, and those of metrics that nobody asks for first. rows: its metrics, one row a step."""
+def stage_charts(
+    rows: Sequence[Mapping[str, Any]], experts: Sequence[Mapping[str, Any]] = ()
+) -> tuple[list[Chart], list[Chart]]:
+    """The charts of a stage, and those of metrics that nobody asks for first. rows: its metrics, one row a step.
+    experts: the load of its experts."""
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if key != "step" and value is not None)
     points = {key: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for key in keys}
     parts = [k for k in points if k.startswith("reward/") and k.count("/") == 1 and k not in REWARD_TOTALS]
@@ -65,6 +69,8 @@ def stage_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[C
             first.append(line_chart(title, chosen))
     if timed := {row["step"]: times for row in rows if (times := phases(row))}:
         first.append(time_chart("Time per step", timed))
+    if experts:
+        first.append(heat_map("Load of the experts", experts))
     rest = [key for key in points if key not in used and any(value for _, value in points[key])]
     return first, [line_chart(key, {key: points[key]}) for key in rest]
 
@@ -92,6 +98,34 @@ def time_chart(title: str, times: Mapping[int, Mapping[str, float]]) -> Chart:
     svg = _svg(title, binned, scale, [[("area", top, below)] for below, top in pairwise(edges)])
     *medians, total = (f"{format_number(float(np.median(seconds)))} s" for seconds in (*means, edges[-1]))
     return Chart(title, svg, total, tuple(zip(binned, medians, strict=True)))
+
+
+def heat_map(title: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """rows: `step`, and `load` [L, E] in percent of the mean. A line of cells for each expert, of large models for each
+    layer's most loaded one; the darker, the more tokens: none is white, twice the mean or more is black."""
+    load = np.array([row["load"] for row in rows], float)
+    layers, lines = load.shape[1:] if load[0].size <= MOST_LINES else (load.shape[1], 1)
+    load = load if lines > 1 else load.max(-1, keepdims=True)
+    edges = np.unique(np.linspace(0, len(rows), min(BINS // 2, len(rows)) + 1).astype(int))[:-1]
+    means = np.add.reduceat(load.reshape(len(rows), -1), edges) / np.diff([*edges, len(rows)])[:, None]
+    width, height = (RIGHT - LEFT) / len(edges), (BOTTOM - TOP) / (layers * lines)
+    shade = np.clip(means / 200 * SHADES, 0, SHADES).round().astype(int)
+    parts = []
+    for level in range(1, SHADES + 1):
+        cells = (
+            f"M{LEFT + x * width:.1f},{TOP + y * height:.2f}h{width:.1f}v{height:.2f}h-{width:.1f}z"
+            for x, y in np.argwhere(shade == level)
+        )
+        parts.append(f'<path class="heat" fill-opacity="{level / SHADES:g}" d="{"".join(cells)}"/>')
+    for layer in range(layers):
+        top = TOP + layer * lines * height
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
+        if layer % math.ceil(layers / 8) == 0:
+            parts.append(f'<text x="{LEFT - 6}" y="{top + 10:.1f}" text-anchor="end">MoE {layer + 1}</text>')
+    for x, row in ((LEFT, rows[0]), (RIGHT, rows[-1])):
+        parts.append(f'<text x="{x}" y="{HEIGHT - 5}" text-anchor="middle">{row["step"]}</text>')
+    opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+    return Chart(title, Markup(opening + "".join(parts) + "</svg>"), f"at most {means[-1].max() / 100:.1f} x", ())
 
 
 def half_width(rows: Sequence[TaxRow]) -> float:

@@ -24,13 +24,15 @@ SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT = 4, 4, 3000
 class Stage:
     """A stage of the recipe, begun or not. metrics: one row per step. planned: steps it asks for, if it says so.
 
-    samples: rows of `samples.jsonl`, one list for each prompt that is shown. finished: whether its weights are there.
+    samples: rows of `samples.jsonl`, one list for each prompt that is shown. experts: rows of `experts.jsonl`.
+    finished: whether its weights are there.
     """
 
     folder: str
     metrics: list[dict[str, Any]]
     planned: int | None
     samples: list[list[dict[str, Any]]]
+    experts: list[dict[str, Any]]
     finished: bool
 
     @property
@@ -77,8 +79,9 @@ def _load(path: Path, parser: Callable[[str], Any]) -> Any:
 
 def _stage(run_dir: Path, number: int, kind: str, config: Mapping[str, Any]) -> Stage:
     folder = StageFolder(run_dir, number, config.get("name") or kind)
-    metrics, samples = (read(path) if path.is_file() else [] for path in (folder.metrics, folder.samples))
-    return Stage(folder.path.name, metrics, config.get("steps"), _choose(samples), folder.final.is_dir())
+    files = (folder.metrics, folder.samples, folder.experts)
+    metrics, samples, experts = (read(path) if path.is_file() else [] for path in files)
+    return Stage(folder.path.name, metrics, config.get("steps"), _choose(samples), experts, folder.final.is_dir())
 
 
 def _choose(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
