@@ -166,20 +166,34 @@ class RankPolicy:
     def _loss_inputs(
         self, rows: Sequence[RankRow], batch: MicroBatch, logprobs_C: torch.Tensor
     ) -> tuple[LossInputs, np.ndarray]:
-        position_C = _position_in_row(batch.rows)
-        by_row = _Columns(rows, batch.rows, position_C, logprobs_C.device)
-        old_C = by_row.tokens([row.old_logprobs for row in rows])
-        sampler_C = by_row.arrays([row.trajectory.logprobs[1:][row.trajectory.loss_mask[1:]] for row in rows])
+        device, rows_C = logprobs_C.device, batch.rows
+        sampler = [row.trajectory.logprobs[1:][row.trajectory.loss_mask[1:]] for row in rows]
+        counts = np.array([len(values) for values in sampler], np.int64)
+        starts = np.flatnonzero(np.diff(rows_C, prepend=-1))  # a row's tokens stand side by side
+        position_C = np.arange(len(rows_C)) - np.repeat(starts, np.diff([*starts, len(rows_C)]))
+        place_C = (np.cumsum(counts) - counts)[rows_C] + position_C  # among the tokens of all rows
+
+        def of_tokens(values: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+            present = [value for value in values if value is not None]
+            if not present:
+                return None
+            assert len(present) == len(values), "some rows have these log-probabilities, others do not"
+            return torch.from_numpy(np.concatenate(present).astype(np.float32)[place_C]).to(device)
+
+        def of_rows(values: Sequence[float]) -> torch.Tensor:
+            return torch.from_numpy(np.array(values, np.float32)[rows_C]).to(device)
+
+        old_C, sampler_C = of_tokens([row.old_logprobs for row in rows]), of_tokens(sampler)
         inputs = LossInputs(
             logprobs=logprobs_C,
             old_logprobs=logprobs_C.detach() if old_C is None else old_C,
-            reference_logprobs=by_row.tokens([row.reference_logprobs for row in rows]),
-            advantages=by_row.scalars([row.advantage for row in rows]),
-            weights=by_row.scalars([row.weight for row in rows]),
-            sampler_logprobs=torch.from_numpy(sampler_C).to(logprobs_C.device),
-            rows=torch.from_numpy(batch.rows).to(logprobs_C.device),
+            reference_logprobs=of_tokens([row.reference_logprobs for row in rows]),
+            advantages=of_rows([row.advantage for row in rows]),
+            weights=of_rows([row.weight for row in rows]),
+            sampler_logprobs=logprobs_C.detach() if sampler_C is None else sampler_C,
+            rows=torch.from_numpy(rows_C).to(device),
         )
-        return inputs, sampler_C
+        return inputs, np.empty(0, np.float32) if sampler_C is None else sampler_C.cpu().numpy()
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[RankRow], *, temperature: float) -> list[np.ndarray]:
@@ -199,17 +213,12 @@ class RankPolicy:
             self.routing.stop()
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         last = np.cumsum(lengths) - 1
-        batch = MicroBatch(
+        batch = replace(
+            empty_micro_batch(),
             token_ids=np.concatenate(prompts).astype(np.int64),
             positions=np.concatenate([np.arange(n) for n in lengths]),
             ends=np.repeat(last + 1, lengths),
             lengths=lengths,
-            sources=last,
-            targets=last,
-            edges=last,
-            rows=last,
-            copies=np.ones_like(lengths.repeat(lengths)),
-            routes=None,
         )
         logprobs = torch.log_softmax(tree_logits(self.model, batch, last).float(), dim=-1).cpu().numpy()
         self.after_forward()
@@ -233,39 +242,6 @@ class RankPolicy:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             count = int(most)
         return batches + [empty_micro_batch()] * (count - len(batches))
-
-
-class _Columns:
-    """Spreads per-row values over the tokens of a micro-batch."""
-
-    def __init__(
-        self, rows: Sequence[RankRow], rows_C: np.ndarray, position_C: np.ndarray, device: torch.device
-    ) -> None:
-        self._rows_C, self._position_C, self._device = rows_C, position_C, device
-
-    def scalars(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, np.float32)[self._rows_C]).to(self._device)
-
-    def tokens(self, values: Sequence[np.ndarray | None]) -> torch.Tensor | None:
-        present = [value for value in values if value is not None]
-        if not present:
-            return None
-        assert len(present) == len(values), "some rows have these log-probabilities, others do not"
-        return torch.from_numpy(self.arrays(present)).to(self._device)
-
-    def arrays(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """[C] float32: each token's entry of its row's array [tokens of the row]."""
-        if not values:
-            return np.empty(0, np.float32)
-        lengths = np.array([len(value) for value in values])
-        offsets = np.cumsum(lengths) - lengths
-        return np.concatenate(values).astype(np.float32)[offsets[self._rows_C] + self._position_C]
-
-
-def _position_in_row(rows_C: np.ndarray) -> np.ndarray:
-    """[C] how many tokens of the same row came before; a row's tokens stand side by side."""
-    starts = np.flatnonzero(np.diff(rows_C, prepend=-1))
-    return np.arange(len(rows_C)) - np.repeat(starts, np.diff(np.append(starts, len(rows_C))))
 
 
 def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:

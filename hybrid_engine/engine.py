@@ -27,10 +27,10 @@ from alignment.batch import split_over_ranks
 from alignment.config import StageConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
-from hybrid_engine.hand_over import CANARY_LIMIT, Parties, hand_over
+from hybrid_engine.hand_over import CANARY_LIMIT, hand_over
 from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
 from hybrid_engine.layout import misfits, rollout_ranks
-from hybrid_engine.placement import actor, devices, reserve, start_ray
+from hybrid_engine.placement import devices, launch, reserve, start_ray
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
 from hybrid_engine.sampler import ReplicaSampler
 from hybrid_engine.train_worker import TrainWorker
@@ -68,21 +68,16 @@ class HybridEngine:
     def _start(self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, seed: int) -> None:
         self._places, device = rollout_ranks(rollout), installed().device
         training, sampling = devices(train, rollout)
-        if device == "cuda":
-            self._group = reserve(len({*training, *sampling}))
+        group = self._group = reserve(len({*training, *sampling})) if device == "cuda" else None
         share = 1.0 if rollout.placement == "split" else 0.5
-
-        def start(cls: type, processes: int, variables: dict[str, str], at: int, *arguments: Any) -> Any:
-            return actor(cls, processes, variables, self._group, at, share).remote(*arguments)
-
         self._ranks = {
-            f"training rank {rank}": start(TrainWorker, train.world, {}, at, rank, train, device)
+            f"training rank {rank}": launch(TrainWorker, (rank, train, device), train.world, {}, group, at, share)
             for rank, at in enumerate(training)
         }
-        self._replicas = {
-            place.name: start(RolloutWorker, len(sampling), environment(rollout, place.rank), at, place.rank, rollout)
-            for place, at in zip(self._places, sampling, strict=True)
-        }
+        for place, at in zip(self._places, sampling, strict=True):
+            arguments, variables = (place.rank, rollout), environment(rollout, place.rank)
+            found = launch(RolloutWorker, arguments, len(sampling), variables, group, at, share)
+            self._replicas[place.name] = found
         leaders = [next(iter(self._ranks)), *(place.name for place in self._places if place.rank == 0)]
         meet, *meets = wait_all({name: (self._ranks | self._replicas)[name].address.remote() for name in leaders})
         joining = {name: rank.join.remote(meet) for name, rank in self._ranks.items()}
@@ -158,7 +153,8 @@ class HybridEngine:
                 pending = list(self._sample(step, prompts, sampling, scorer))
             with self.phase("score"):
                 scored = [pair for groups, future in pending for pair in zip(groups, future.result(), strict=True)]
-            yield _in_order(scored, len(prompts))
+            placed = {place: replace(group, scores=scores) for (place, group), scores in scored}
+            yield [placed[place] for place in range(len(prompts))]
 
     def _sample(
         self, step: int, prompts: Sequence[Prompt], sampling: Sampling, scorer: Scorer
@@ -188,16 +184,20 @@ class HybridEngine:
     ) -> dict[str, float]:
         """One optimiser step on the summed loss of `rows`."""
         parts = split_over_ranks(rows, len(self._ranks))
-        stats = wait_all(
-            {
-                name: rank.update.remote([rows[i] for i in part], loss, learning_rate, temperature, max_grad_norm)
-                for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
-            },
-            self._replicas,
-        )
+        stats = self._on_parts(rows, parts, "update", loss, learning_rate, temperature, max_grad_norm)
         self._version += 1
         self._look_at_idle_engines()
         return merge_stats(stats)
+
+    def _on_parts(
+        self, rows: Sequence[TrainRow], parts: Sequence[Sequence[int]], method: str, *arguments: Any
+    ) -> list[Any]:
+        """A method of every rank on its part of the rows."""
+        calls = {
+            name: getattr(rank, method).remote([rows[i] for i in part], *arguments)
+            for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
+        }
+        return wait_all(calls, self._replicas)
 
     def _look_at_idle_engines(self) -> None:
         """An engine that dies while short updates follow each other is noticed as soon as during a long one."""
@@ -208,13 +208,7 @@ class HybridEngine:
     def logprobs(self, rows: Sequence[TrainRow], *, temperature: float, reference: bool = False) -> list[Handle]:
         """Handles to the log-probabilities of each row's loss-carrying tokens."""
         parts = split_over_ranks(rows, len(self._ranks))
-        results = wait_all(
-            {
-                name: rank.logprobs.remote([rows[i] for i in part], temperature, reference)
-                for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
-            },
-            self._replicas,
-        )
+        results = self._on_parts(rows, parts, "logprobs", temperature, reference)
         placed: dict[int, Handle] = {}
         for part, handles in zip(parts, results, strict=True):
             placed |= zip(part, handles, strict=True)
@@ -239,8 +233,8 @@ class HybridEngine:
 
     def _hand_over(self) -> None:
         """Bring the newest weights into every engine, verified."""
-        parties = Parties(self._ranks, self._replicas, self._places)
-        for name, value in hand_over(parties, self._version, self._buckets, self._canary, self.precision).items():
+        what = self._version, self._buckets, self._canary, self.precision
+        for name, value in hand_over(self._ranks, self._replicas, *what).items():
             before = self._metrics.get(name, 0.0)
             self._metrics[name] = before + value if name.startswith("time/") else max(before, value)
         self._handed_over = self._version
@@ -254,11 +248,6 @@ class HybridEngine:
         yield
         key = f"time/{name}"
         self._metrics[key] = self._metrics.get(key, 0.0) + time.perf_counter() - start
-
-
-def _in_order(scored: Iterable[tuple[tuple[int, Group], Scores]], count: int) -> list[Group]:
-    placed = {place: replace(group, scores=scores) for (place, group), scores in scored}
-    return [placed[place] for place in range(count)]
 
 
 def _canary_prompts(model_dir: Path, max_length: int, count: int = 2) -> list[np.ndarray]:

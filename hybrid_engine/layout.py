@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from alignment.config import TrainConfig
@@ -29,34 +30,24 @@ def expert_layout(train: TrainConfig) -> ExpertLayout:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRank:
-    """One rank of a rollout engine. lane: ranks of the same one work on the same requests (tensor parallelism), and
-    the first of them answers. alone: the engine has no other rank."""
+    """One rank of one rollout engine. lane: ranks of the same one work on the same requests (tensor parallelism), and
+    the first of them answers."""
 
+    name: str
     engine: int
     rank: int
     lane: int
     answers: bool
-    alone: bool
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"rollout engine {self.engine}" + ("" if self.alone else f" rank {self.rank}")
 
 
 def rollout_ranks(rollout: RolloutConfig) -> list[RolloutRank]:
     """Every rank of every engine; those of a lane follow each other."""
-    return [
-        RolloutRank(
-            engine=engine,
-            rank=rank,
-            lane=engine * rollout.data + rank // rollout.tensor,
-            answers=rank % rollout.tensor == 0,
-            alone=rollout.world == 1,
-        )
-        for engine in range(rollout.replicas)
-        for rank in range(rollout.world)
-    ]
+    places = []
+    for engine, rank in product(range(rollout.replicas), range(rollout.world)):
+        name = f"rollout engine {engine}" + (f" rank {rank}" if rollout.world > 1 else "")
+        lane, place = divmod(rank, rollout.tensor)
+        places.append(RolloutRank(name, engine, rank, engine * rollout.data + lane, place == 0))
+    return places
 
 
 def misfits(train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from alignment.config import TrainConfig
 from rollout.config import RolloutConfig
@@ -45,22 +47,28 @@ def reserve(count: int) -> PlacementGroup:
     return group
 
 
-def actor(
-    cls: type, processes: int, variables: dict[str, str], group: PlacementGroup | None, device: int, share: float
-) -> Any:
-    """The actor class, one of `processes` that run at the same time, with its environment: thread counts must be there
+def launch(
+    cls: type, arguments: Sequence[Any], processes: int, variables: dict[str, str],
+    group: PlacementGroup | None, device: int, share: float,
+) -> Any:  # fmt: skip
+    """Start an actor, one of `processes` that run at the same time, with its environment: thread counts must be there
     before torch is imported. It gets a `share` of a device of the group; without a group there are none."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
     if group is not None:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=device)
         options |= {"num_gpus": share, "scheduling_strategy": strategy}
-    environment_variables = {"OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"} | variables
-    return ray.remote(cls).options(**options, runtime_env={"env_vars": environment_variables})
+    environment = {"OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"} | variables
+    return ray.remote(cls).options(**options, runtime_env={"env_vars": environment}).remote(*arguments)
 
 
-def free_address() -> tuple[str, int]:
-    """This host, and a port of it that nobody uses."""
-    from torch.distributed.elastic.utils.distributed import get_free_port
+class Worker:
+    """What every actor answers."""
 
-    return ray.util.get_node_ip_address(), get_free_port()
+    def pid(self) -> int:
+        """Process id, for those who watch or kill it."""
+        return os.getpid()
+
+    def address(self) -> tuple[str, int]:
+        """This host, and a port of it that nobody uses: where this actor and others can meet."""
+        return ray.util.get_node_ip_address(), get_free_port()

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from hybrid_engine.placement import free_address
+from hybrid_engine.placement import Worker
+from hybrid_engine.weight_sync import Sent
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
 from rollout.types import Completion, FinishReason, Handle, Prompt, Trajectories
-from rollout.weights import Parcel, WeightManifest
+from rollout.weights import Parcel
 
 CANARY_TOP = 20
 """Tokens per canary prompt whose log-probabilities are compared."""
@@ -45,12 +46,12 @@ class Finished:
             yield place, tuple(completions[number * size : (number + 1) * size])
 
 
-class RolloutWorker:
+class RolloutWorker(Worker):
     """Calls run one after the other; weights must have arrived before the first sample. Every rank of an engine gets
     the same calls; of those with the same requests only the first answers, the others with nothing."""
 
     def __init__(self, rank: int, config: RolloutConfig) -> None:
-        self._config, self._answers = config, rank % config.tensor == 0
+        self._rank, self._config, self._answers = rank, config, rank % config.tensor == 0
         # References inside a yielded value are not safe from Ray's reference counting until all have fetched them
         # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner keeps those of two batches.
         self._published: deque[list[ray.ObjectRef]] = deque(maxlen=2)
@@ -64,17 +65,11 @@ class RolloutWorker:
         self._engine = VllmEngine(model_dir, self._config, seed=seed, dummy=True, routes=routes)
         return self._engine.max_length
 
-    def pid(self) -> int:
-        """Process id, for those who watch or kill it."""
-        return os.getpid()
-
-    def address(self) -> tuple[str, int]:
-        """Host and a free port of this rank, where the ranks of an engine can meet."""
-        return free_address()
-
-    def receive(self, manifests: Sequence[WeightManifest], first: bool, last: bool, *buffers: np.ndarray) -> None:
-        """Take a bucket of weights in, verified."""
-        parcels = [Parcel(manifest, buffer) for manifest, buffer in zip(manifests, buffers, strict=True)]
+    def receive(self, first: bool, last: bool, *published: list[Sent]) -> None:
+        """Take a bucket of weights in, verified: what every training rank sends to this one."""
+        mine = [sent for parcels in published for sent in parcels if sent.receiver in (None, self._rank)]
+        buffers = ray.get([sent.buffer for sent in mine])
+        parcels = [Parcel(sent.manifest, buffer) for sent, buffer in zip(mine, buffers, strict=True)]
         self._engine.update_weights(parcels, first=first, last=last)
 
     def canary(self, prompts: Sequence[np.ndarray]) -> list[dict[int, float]]:

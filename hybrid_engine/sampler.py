@@ -18,22 +18,18 @@ class ReplicaSampler:
     """Request i goes to lane i modulo their number, so that a run repeats exactly.
 
     replicas: the rollout ranks by name, in the order of `places`. idle: actors that only wait meanwhile, by name.
+    max_length: most tokens of a sequence, prompt and completion together.
     """
 
     replicas: Mapping[str, Any]
     places: Sequence[RolloutRank]
     idle: Mapping[str, Any]
-    length: int
+    max_length: int
 
     @property
     def lanes(self) -> int:
         """How many sets of requests the ranks work on at once."""
         return self.places[-1].lane + 1
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a sequence, prompt and completion together."""
-        return self.length
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Every request's sample, once all are done."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,15 @@ from alignment.protocols import Loss, TrainRow
 from alignment.routing import make_routing
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.loading import load_model
-from hybrid_engine.placement import free_address
+from hybrid_engine.placement import Worker
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
-from hybrid_engine.weight_sync import Receiver, WeightPacker
+from hybrid_engine.weight_sync import Receiver, Sent, WeightPacker
 from rollout.config import RolloutConfig
 from rollout.types import Handle
-from rollout.weights import Parcel, WeightManifest
+from rollout.weights import Parcel
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A parcel on its way to a rollout rank: the manifest, and a reference to the buffer (uint8)."""
-
-    receiver: Receiver
-    manifest: WeightManifest
-    buffer: ray.ObjectRef
-
-
-class TrainWorker:
+class TrainWorker(Worker):
     """In a world of several ranks every rank gets the same calls in the same order."""
 
     def __init__(self, rank: int, config: TrainConfig, device: str) -> None:
@@ -50,14 +40,6 @@ class TrainWorker:
         self._packer: WeightPacker | None = None
         self._saving: Future[None] | None = None
         self._packed: tuple[tuple[int, int], dict[Receiver, Parcel]] | None = None
-
-    def pid(self) -> int:
-        """Process id, for those who watch or kill it."""
-        return os.getpid()
-
-    def address(self) -> tuple[str, int]:
-        """Host and a free port of this rank, where the ranks can meet."""
-        return free_address()
 
     def join(self, address: tuple[str, int]) -> None:
         """Form the process group."""
@@ -103,7 +85,7 @@ class TrainWorker:
             model=model,
             optimizer=optimizer,
             tokens_per_rank=self._config.tokens_per_rank,
-            clip_grad_norm=partial(_clip, model),
+            clip_grad_norm=lambda norm: clip_grad_norm(model.parameters(), norm),
             last_micro_batch=partial(last_micro_batch, model),
             after_forward=partial(reshard, model),
         )
@@ -148,7 +130,7 @@ class TrainWorker:
     def canary(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V].
 
-        On one thread: the engines are loading, and a second one would take turns with theirs.
+        On one thread: the engines compute theirs at the same time, and a second one would take turns with them.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -177,10 +159,6 @@ class TrainWorker:
         save_final(path, self._loaded.model, self._tokenizer)
 
 
-def _clip(model: torch.nn.Module, max_norm: float) -> float:
-    return clip_grad_norm(model.parameters(), max_norm)
-
-
 def resolve(rows: Sequence[TrainRow]) -> list[RankRow]:
     """Fetch what lies behind the rows' handles, every reference once."""
     handles = [h for row in rows for h in (row.trajectory, row.old_logprobs, row.reference_logprobs) if h is not None]
@@ -193,14 +171,5 @@ def resolve(rows: Sequence[TrainRow]) -> list[RankRow]:
         held = found[handle.ref] if isinstance(handle.ref, ray.ObjectRef) else handle.ref
         return held[handle.index]
 
-    return [
-        RankRow(
-            trajectory=fetch(row.trajectory),
-            group=row.group,
-            advantage=row.advantage,
-            weight=row.weight,
-            old_logprobs=fetch(row.old_logprobs),
-            reference_logprobs=fetch(row.reference_logprobs),
-        )
-        for row in rows
-    ]
+    fetched = ((row, *map(fetch, (row.trajectory, row.old_logprobs, row.reference_logprobs))) for row in rows)
+    return [RankRow(own, row.group, row.advantage, row.weight, old, reference) for row, own, old, reference in fetched]

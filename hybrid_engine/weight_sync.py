@@ -28,6 +28,15 @@ Receiver = int | None
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """A parcel on its way to a rollout rank: the manifest, and Ray's reference to the buffer (uint8)."""
+
+    receiver: Receiver
+    manifest: WeightManifest
+    buffer: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Move:
     """What this rank copies for a piece: the `block` of its part of training tensor `source`, its dimensions in
     `order`."""

@@ -53,16 +53,12 @@ def group_requests(prompts: Sequence[Prompt], places: Sequence[int], sampling: S
             prompt=prompt.token_ids,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
-            seed=_seed(sampling.seed, step, place, g),
+            seed=xxhash.xxh64_intdigest(np.array([sampling.seed, step, place, g], np.int64)) >> 1,
             routes=True,
         )
         for prompt, place in zip(prompts, places, strict=True)
         for g in range(sampling.completions)
     ]
-
-
-def _seed(*parts: int) -> int:
-    return xxhash.xxh64_intdigest(np.array(parts, np.int64)) >> 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,11 @@ import importlib
 import os
 import time
 
+import ray
+
 from hybrid_engine.rollout_worker import RolloutWorker
 from hybrid_engine.train_worker import TrainWorker
+from hybrid_engine.weight_sync import Sent
 from rollout.weights import Parcel, Piece, WeightManifest, digest
 
 
@@ -62,15 +65,16 @@ class PlantedEngine(RolloutWorker):
         if fault in ("repack_experts", "forget_prefixes"):
             setattr(faults, fault, lambda *_: None)
 
-    def receive(self, manifests, first, last, buffer):
-        (manifest,), fault = manifests, self.__dict__.get("_fault")
+    def receive(self, first, last, published):
+        (sent,), fault = published, self.__dict__.get("_fault")
+        manifest, buffer = sent.manifest, ray.get(sent.buffer)
         if fault == "lose_tensor":
             manifest = WeightManifest(manifest.version, manifest.pieces[1:], manifest.digests)
         if fault == "old_tensor":
             piece, buffer = manifest.pieces[0], buffer.copy()
             buffer[span(piece)] = self._buffer[span(piece)]
         self._buffer = buffer
-        return super().receive([manifest], first, last, buffer)
+        return super().receive(first, last, [Sent(None, manifest, ray.put(buffer))])
 
 
 class Sleeper:

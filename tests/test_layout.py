@@ -91,13 +91,16 @@ def test_ranks_share_devices_or_have_their_own(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_actor_gets_its_share_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict = {}
-    monkeypatch.setattr(ray, "remote", lambda cls: SimpleNamespace(options=lambda **options: asked.update(options)))
+    started = SimpleNamespace(remote=lambda *arguments: arguments)
+    monkeypatch.setattr(
+        ray, "remote", lambda cls: SimpleNamespace(options=lambda **options: asked.update(options) or started)
+    )
     monkeypatch.setattr(placement, "PlacementGroupSchedulingStrategy", lambda group, **at: (group, at))
-    placement.actor(object, 1, {}, "group", 3, 0.5)
+    assert placement.launch(object, (1, 2), 1, {}, "group", 3, 0.5) == (1, 2)
     assert asked["num_gpus"] == 0.5
     assert asked["scheduling_strategy"] == ("group", {"placement_group_bundle_index": 3})
     asked.clear()
-    placement.actor(object, 1, {}, None, 3, 0.5)
+    placement.launch(object, (), 1, {}, None, 3, 0.5)
     assert asked["num_gpus"] == 0 and "scheduling_strategy" not in asked
 
 

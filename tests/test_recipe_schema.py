@@ -154,7 +154,7 @@ MISTAKES = {
         "stages.0.sft",
         "does not fit `train.tokens",
     ),
-    "capacity of what": ("      steps: 10", "      steps: 10\n      capacity: 1", 16, "capacity", "train.balance.devices"),
+    "capacity of what": ("      steps: 10", "      steps: 10\n      capacity: 1", 16, "capacity", "`train.balance"),
     "no stage": (GOOD[GOOD.index("  - sft") :], "  []\n", 5, "stages", "at least 1 item"),
     "two kinds": ("      max_new_tokens: 16", "    sft: {}", 11, "stages.1", "exactly one of: sft, grpo"),
 }

@@ -24,6 +24,9 @@ from rollout.vllm import faults, transfer
 from rollout.vllm.environment import environment, installed
 from rollout.weights import Parcel
 
+ONE_GREEDY_TOKEN = {"max_tokens": 1, "temperature": 0.0, "flat_logprobs": True, "detokenize": False,
+                    "output_kind": RequestOutputKind.FINAL_ONLY}  # fmt: skip
+
 
 class VllmEngine:
     """One vLLM engine, or a rank of one. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
@@ -96,18 +99,16 @@ class VllmEngine:
 
     def _tells_routes(self, text_config: PreTrainedConfig, needed: bool) -> bool:
         """Whether this vLLM can say which experts it chose. Raises ValueError where it cannot and they are needed."""
-        found, dense = installed(), routed_experts(text_config.to_dict()) < 2
-        cannot = {
-            "the model has no routed experts": dense,
-            "compiled layers do not tell them on the CPU (rollout.eager is false)": not self._config.eager,
-            "vLLM's CPU build tells them from 0.32 on": found.version < (0, 32),
-        }
-        reasons = [reason for reason, holds in cannot.items() if holds]
-        if found.device == "cuda":
-            reasons = reasons[:1] if dense else []
-        if needed and reasons:
-            raise ValueError(f"train.routing_replay needs the experts that vLLM chose: {reasons[0]}")
-        return not reasons
+        found, cannot = installed(), ""
+        if routed_experts(text_config.to_dict()) < 2:
+            cannot = "the model has no routed experts"
+        elif found.device == "cpu" and not self._config.eager:
+            cannot = "compiled layers do not tell them on the CPU (rollout.eager is false)"
+        elif found.device == "cpu" and found.version < (0, 32):
+            cannot = "vLLM's CPU build tells them from 0.32 on"
+        if needed and cannot:
+            raise ValueError(f"train.routing_replay needs the experts that vLLM chose: {cannot}")
+        return not cannot
 
     @property
     def max_length(self) -> int:
@@ -134,10 +135,7 @@ class VllmEngine:
                     f" {self.max_length} (rollout.max_length)"
                 )
         self._check_weights()
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
+        params = SamplingParams(prompt_logprobs=0, **ONE_GREEDY_TOKEN)
         scores: list[TokenScores | None] = [None] * len(sequences)
         for index, output in chain.from_iterable(self._run(sequences, [params] * len(sequences))):
             flat = output.prompt_logprobs
@@ -151,10 +149,7 @@ class VllmEngine:
         One greedy step over the batch, and it reads the prefix cache, so that stale prefixes show too.
         """
         self._check_weights()
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, logprobs=top, flat_logprobs=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
+        params = SamplingParams(logprobs=top, **ONE_GREEDY_TOKEN)
         tops: list[dict[int, float]] = [{} for _ in prompts]
         for index, output in chain.from_iterable(self._run(prompts, [params] * len(prompts))):
             flat = output.outputs[0].logprobs
