@@ -54,7 +54,8 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
             minibatches = [_add_logprobs(policy, rows, config, reference=True) for rows in minibatches]
     updates = []
     with engine.phase("train") as policy:
-        if config.updates_per_batch > 1:  # with one update the forward's own log-probabilities are the old ones
+        # With one update the forward's own log-probabilities are the old ones: unless it drops experts.
+        if config.updates_per_batch > 1 or config.capacity is not None:
             minibatches = [_add_logprobs(policy, rows, config, reference=False) for rows in minibatches]
         for i, rows in enumerate(minibatches):
             done, total = (n * config.updates_per_batch for n in (step - 1, config.steps))

@@ -30,7 +30,8 @@ def make_routing(model: PreTrainedModel, config: TrainConfig, capacity: float | 
     )
     for router in routers_of(model).values():
         router.requires_grad_(config.router == "train")
-    return Routing(model, replay=config.routing_replay, balance=balance if given else None, dropping=dropping)
+    losses = any(given.get(loss) for loss in ("expert", "device", "communication"))
+    return Routing(model, replay=config.routing_replay, balance=balance if losses else None, dropping=dropping)
 
 
 def routers_of(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -55,11 +56,9 @@ class Routing:
             )
         if balance is not None and not routers:
             raise ValueError(f"train.balance: {type(model).__name__} has no routed experts to balance; leave it out")
-        experts = [
-            len(router.weight) for router in routers if balance is not None and len(router.weight) % balance.devices
-        ]
-        if experts:
-            raise ValueError(f"train.balance: {balance.devices} devices do not divide {experts[0]} experts")
+        for devices in (asked.devices for asked in (balance, dropping) if asked is not None):
+            if odd := [len(router.weight) for router in routers if len(router.weight) % devices]:
+                raise ValueError(f"train.balance: {devices} devices do not divide {odd[0]} experts")
         self.replay, self.balance, self.drops, self._dropping = replay, balance, dropping is not None, dropping
         self._layers = len(routers)
         # vLLM's own record has an entry for every decoder layer, dense ones included.

@@ -112,6 +112,7 @@ class HybridEngine:
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of the loaded stage; its `extra`."""
+        self.finish_checkpoint()
         extra = self._call_ranks(lambda rank: rank.load_checkpoint.remote(path))[0]
         self._version += 1
         return extra

@@ -31,7 +31,7 @@ def hand_over(
     """Send the weights as they are now; `handover/bytes`, `handover/canary` (the largest difference found), and the
     seconds `time/handover` and `time/canary` (what the comparison takes beyond them).
 
-    While a bucket is loaded the next one is packed, and is published after it: at no time are there more than two.
+    While a bucket is loaded the next one is packed, and is published after it: the sender holds two at most.
     canary: prompts [T] whose next tokens trainer and engines compare, at the limit of `precision`.
     Raises WorkerError with the check that failed, CanaryError where an engine computes something else.
     """

@@ -65,6 +65,9 @@ def misfits(train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]
         if size % shard:
             several = f"`expert` {train.expert} leaves {shard} ranks to split each expert"
             yield "train", "shard", f"{several}, and {shard} does not divide {size}, the size of one of its matrices"
-    for name, size in ({"num_attention_heads": model["num_attention_heads"]} | widths).items():
+    split = {"num_attention_heads": model["num_attention_heads"]} | widths
+    if rollout.expert:
+        split.pop("moe_intermediate_size", None)
+    for name, size in split.items():
         if size % rollout.tensor:
             yield "rollout", "tensor", f"{rollout.tensor} does not divide the model's {name} ({size})"

@@ -84,33 +84,18 @@ class WeightPacker:
                 if move is not None:
                     bucket.setdefault(receiver, []).append(move)
             self._buckets.append(bucket)
-        ends = [(receiver, _end(moves)) for bucket in self._buckets for receiver, moves in bucket.items()]
-        largest = {receiver: max(end for other, end in ends if other == receiver) for receiver, _ in ends}
-        self._buffers = {receiver: np.zeros(size, np.uint8) for receiver, size in largest.items()}
-
-    @property
-    def buckets(self) -> int:
-        """How many make a hand-over."""
-        return len(self._buckets)
+        self.buckets = len(self._buckets)
+        self._buffer = np.zeros(max(sum(map(_end, bucket.values())) for bucket in self._buckets), np.uint8)
 
     @torch.no_grad()
     def pack(self, version: int, bucket: int = 0) -> dict[Receiver, Parcel]:
         """This rank's parcels of a bucket, with the weights as they are now."""
         blocks = {name: local_block(tensor)[0] for name, tensor in self._sources.items()}
-        return {
-            receiver: self._fill(version, receiver, moves, blocks) for receiver, moves in self._buckets[bucket].items()
-        }
-
-    def _fill(self, version: int, receiver: Receiver, moves: list[Move], blocks: Mapping[str, torch.Tensor]) -> Parcel:
-        buffer = self._buffers[receiver]
-        digests: dict[str, str] = {}
-        for move in moves:
-            target = piece_view(buffer, move.piece).permute(move.order)
-            target.copy_(blocks[move.source][move.block].reshape(target.shape))
-            # Here and not afterwards: the bytes are still in the cache.
-            digests[move.piece.name] = digest(buffer[move.piece.offset : move.piece.offset + move.piece.nbytes])
-        manifest = WeightManifest(version, tuple(move.piece for move in moves), digests)
-        return Parcel(manifest, buffer[: manifest.nbytes])
+        parcels, start = {}, 0
+        for receiver, moves in self._buckets[bucket].items():
+            parcels[receiver] = _fill(self._buffer[start:], version, moves, blocks)
+            start += _end(moves)
+        return parcels
 
     def _move(self, name: str, view: View, dtype: str, end: int) -> Move | None:
         """How this rank's part of a checkpoint tensor goes to `end` of a buffer; None where it has none to send."""
@@ -123,12 +108,23 @@ class WeightPacker:
         bounds = [axis.indices(length) for axis, length in zip(part, view.shape, strict=True)]
         start, size = tuple(b[0] for b in bounds), tuple(b[1] - b[0] for b in bounds)
         nbytes = prod(size) * TORCH_DTYPES[dtype].itemsize
-        at = -(-end // ALIGNMENT) * ALIGNMENT
-        return Move(name, block, view.order, Piece(view.name, dtype, view.shape, start, size, at, nbytes))
+        return Move(name, block, view.order, Piece(view.name, dtype, view.shape, start, size, end, nbytes))
+
+
+def _fill(buffer: np.ndarray, version: int, moves: list[Move], blocks: Mapping[str, torch.Tensor]) -> Parcel:
+    digests: dict[str, str] = {}
+    for move in moves:
+        target = piece_view(buffer, move.piece).permute(move.order)
+        target.copy_(blocks[move.source][move.block].reshape(target.shape))
+        # Here and not afterwards: the bytes are still in the cache.
+        digests[move.piece.name] = digest(buffer[move.piece.offset : move.piece.offset + move.piece.nbytes])
+    manifest = WeightManifest(version, tuple(move.piece for move in moves), digests)
+    return Parcel(manifest, buffer[: manifest.nbytes])
 
 
 def _end(moves: list[Move]) -> int:
-    return moves[-1].piece.offset + moves[-1].piece.nbytes if moves else 0
+    """Where the next piece begins."""
+    return -(-(moves[-1].piece.offset + moves[-1].piece.nbytes) // ALIGNMENT) * ALIGNMENT if moves else 0
 
 
 def _sends(tensor: Any) -> bool:
@@ -151,11 +147,10 @@ def expert_receivers(names: list[str], rollout: RolloutConfig) -> dict[str, int]
 
 def split_buckets(sizes: list[int], most: int) -> list[tuple[int, int]]:
     """(first, end) of consecutive tensors of `sizes` bytes that together are at most `most`, or a single larger one."""
-    ends, total = [], 0
+    starts, total = [0], 0
     for index, size in enumerate(sizes):
         if total and total + size > most:
-            ends.append(index)
+            starts.append(index)
             total = 0
         total += size
-    bounds = [0, *ends, len(sizes)]
-    return list(pairwise(bounds))
+    return list(pairwise([*starts, len(sizes)]))

@@ -93,7 +93,7 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
         stack.enter_context(trackers)
         progress = stack.enter_context(StageProgress(stage.name, total, run.console, first=first))
         interrupted = _finish_step_on_ctrl_c(run.console, stack)
-        stack.push(partial(_finish_checkpoint, run))
+        stack.push(partial(_finish_checkpoint, run, interrupted))
         run.engine.take_metrics()  # what the evals before the stage left
         begun = time.perf_counter()
         for done in steps:
@@ -113,9 +113,9 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
                 raise KeyboardInterrupt
 
 
-def _finish_checkpoint(run: Run, kind: type[BaseException] | None, *_: object) -> None:
-    """However a stage ends, what it saves is saved; only dead workers are not waited for."""
-    if kind is None or not issubclass(kind, WorkerError):
+def _finish_checkpoint(run: Run, interrupted: list[int], kind: type[BaseException] | None, *_: object) -> None:
+    """However a stage ends, what it saves is saved; but a death, and a second Ctrl-C, wait for nothing."""
+    if len(interrupted) < 2 and (kind is None or not issubclass(kind, WorkerError)):
         run.engine.finish_checkpoint()
 
 
@@ -142,9 +142,9 @@ def _finish_step_on_ctrl_c(console: Console, stack: ExitStack) -> list[int]:
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
         console.print("finishing this step, then saving (Ctrl-C again: stop now, continue from the last checkpoint)")
 
     for number in (signal.SIGINT, signal.SIGTERM):

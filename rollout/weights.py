@@ -68,11 +68,8 @@ def piece_view(buffer: np.ndarray, piece: Piece) -> torch.Tensor:
 def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of which the parcels hold a piece, joined from all its pieces; one of a single piece is not copied.
 
-    Raises HandoverError with the name of the check that failed: version, duplicate, digest, shards.
+    Raises HandoverError with the name of the check that failed: duplicate, digest, shards.
     """
-    versions = {parcel.manifest.version for parcel in parcels}
-    if len(versions) > 1:
-        raise HandoverError(f"version: buffers of hand-overs {sorted(versions)} arrived as one")
     pieces: dict[str, list[tuple[Piece, Parcel]]] = {}
     for parcel in parcels:
         for piece in parcel.manifest.pieces:

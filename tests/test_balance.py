@@ -161,14 +161,15 @@ def test_a_collapsed_router_is_balanced_by_the_losses_alone() -> None:
         kept.policy.optimizer = torch.optim.AdamW(
             [router.weight for router in routers(kept.model)], lr=1e-2, weight_decay=0.0
         )
-        rows = [RankRow(dataclasses.replace(t, routes=None), i, 1.0, 0.0) for i, t in enumerate(sequences(kept.model))]
+        given = [trajectory for seed in range(8) for trajectory in sequences(kept.model, seed)]
+        rows = [RankRow(dataclasses.replace(t, routes=None), i, 1.0, 0.0) for i, t in enumerate(given)]
         loads = []
         for _ in range(STEPS):
             stats = kept.policy.update(rows, sft_loss, learning_rate=1e-2, temperature=1.0, max_grad_norm=1.0)
             kept.model.zero_grad()
             loads.append(merge_stats([stats])["experts/max_load"])
         after[alpha] = max(loads[-STEPS // 10 :])
-    assert after[0.0] > 3.5 and after[1.0] < 1.5
+    assert after[0.0] > 3 and after[1.0] < 1.5
 
 
 def test_load_by_hand() -> None:

@@ -225,10 +225,14 @@ def test_two_ranks_and_two_replicas_train_as_one(small: HybridEngine, one: list[
 
 
 def test_a_layout_with_experts_over_both_sides_trains_as_one(one: list[dict]) -> None:
-    engine = start({"tensor": 2, "expert": True, "bucket_mb": 1}, shard=2, expert=2)
+    engine = start({"tensor": 2, "expert": True, "bucket_mb": 1}, shard=2, expert=2, balance={"devices": 2})
     try:
         begin(engine, config())
         np.testing.assert_allclose(comparable(run_steps(engine, config())), comparable(one), rtol=2e-4, atol=1e-7)
+        dropping = config(capacity=0.8)  # old log-probabilities of a forward that drops nothing: no mismatch
+        begin(engine, dropping)
+        done = run_steps(engine, dropping)
+        assert all(step["tokens/dropped"] > 0 and step["mismatch/max"] < 1e-4 for step in done)
         _kill_and_see(engine, "rollout engine 0 rank 1")
     finally:
         engine.close()

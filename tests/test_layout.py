@@ -46,6 +46,7 @@ def test_the_ranks_beside_the_experts_shard_or_replicate_them(shape: tuple, expe
         ("llama", {"tensor": 3}, r"rollout.tensor: 3 does not divide the model's num_attention_heads \(4\)"),
         ("llama", (1, 4, 1), None),
         ("deepseek-v2", {"tensor": 4, "data": 2, "expert": True}, None),
+        ("deepseek-v2", {"tensor": 2, "expert": True}, None),
     ],
 )
 def test_layouts_that_do_not_fit_the_model_are_refused(family: str, shape: tuple | dict, part: str | None) -> None:

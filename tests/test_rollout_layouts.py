@@ -32,6 +32,7 @@ TRAINING = {
     "1 rank": TrainConfig(),
     "shard 2, expert 2": TrainConfig(shard=2, expert=2),
     "shard 4, expert 2": TrainConfig(shard=4, expert=2),
+    "replicate 2 x shard 2": TrainConfig(replicate=2, shard=2),
 }
 ROLLOUT = {
     "1 engine": {},

@@ -210,6 +210,8 @@ def test_killed_and_continued_the_metrics_are_those_of_the_whole_run(
     recipe, run = whole[0], tmp_path / "run"
     process = align("run", str(recipe), "--output", str(run))
     wait_for_step(run, stage, step, process)
+    while not (run / stage / "checkpoints" / "step-00000002").is_dir():  # it is written in the background
+        time.sleep(0.02)
     pids = descendants(process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from alignment.config import TrainConfig
+from alignment.routing import make_routing
 from hybrid_engine import sharding
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, reshard, shard_model
 from hybrid_engine.weight_sync import WeightPacker
@@ -55,7 +56,7 @@ def train(model: torch.nn.Module, share: slice) -> dict[str, object]:
             last_micro_batch(model, index == len(rows) - 1)
             backward(model, row)
         if step == 0:
-            gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+            gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.requires_grad}
         norms.append(clip_grad_norm(model.parameters(), MAX_NORM))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -107,6 +108,12 @@ def on_two_ranks(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as fault:  # gloo lacks FSDP's default operation, so averaging takes this form
         fault.setattr(sharding, "_sum_gradients", lambda module: module.set_force_sum_reduction_for_comms(True))
         found["averaged"] = train(sharded(), share)
+    model = sharded()
+    make_routing(model, TrainConfig(router="freeze"))
+    before = {name: full(parameter) for name, parameter in model.named_parameters()}
+    train(model, share)
+    after = {name: full(parameter) for name, parameter in model.named_parameters()}
+    found["frozen"] = {name for name in before if torch.equal(after[name], before[name])}
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
 
@@ -190,6 +197,11 @@ def test_gathered_weights_are_stale_until_resharded(two_ranks: dict):
     expected = logits_after_change(tiny_model("deepseek-v2").train(), reshard)
     assert (two_ranks["resharded"] - expected).abs().max() < 1e-5
     assert (two_ranks["stale"] - expected).abs().max() > 1e-2, "reshard() is no longer needed"
+
+
+def test_frozen_routers_stay_as_they_are_and_nothing_else_does(two_ranks: dict):
+    names = [name for name, _ in tiny_model("deepseek-v2").named_parameters()]
+    assert two_ranks["frozen"] == {name for name in names if name.endswith("mlp.gate.weight")} != set()
 
 
 def test_packed_weights_of_two_ranks_make_those_of_one(two_ranks: dict):

@@ -33,8 +33,13 @@ def test_the_environment_follows_the_configuration(monkeypatch: pytest.MonkeyPat
     assert environment(RolloutConfig())["TORCHDYNAMO_DISABLE"] == "1"
     assert "TORCHDYNAMO_DISABLE" not in environment(RolloutConfig(eager=False))
     assert "RANK" not in environment(RolloutConfig())
-    several = RolloutConfig(tensor=2, data=2, expert=True)
+    several = RolloutConfig(data=4, expert=True)
     assert [environment(several, 3)[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["3", "3", "4"]
+    with pytest.raises(ValueError, match="do not run on the CPU"):
+        environment(RolloutConfig(tensor=2, data=2, expert=True))
+    monkeypatch.setattr(metadata, "version", lambda name: "0.31.0+cpu")
+    with pytest.raises(ValueError, match=r"need vLLM 0\.32 on the CPU"):
+        environment(several)
     monkeypatch.setattr(metadata, "distributions", lambda: [SimpleNamespace(metadata={"Name": "vllm"})])
     monkeypatch.setattr(metadata, "version", lambda name: "0.32.0+cu130")
     assert environment(several, 3)["LOCAL_RANK"] == "0", "on CUDA each process sees one device"

@@ -60,7 +60,7 @@ class VllmEngine:
         self._config = config
         options = faults.engine_options(config, installed())
         if config.world > 1 and installed().device == "cpu":
-            faults.mend_parallel(installed())
+            faults.mend_parallel()
         told = self._tells_routes(text_config, routes)
         if installed().device == "cuda":
             options["enable_return_routed_experts"] = told and routes
@@ -166,6 +166,8 @@ class VllmEngine:
         if first and self._llm.has_unfinished_requests():
             raise RuntimeError("weights cannot change while requests run: exhaust or close the iterator first")
         self._version = None
+        if parcels:
+            self._arriving = parcels[0].manifest.version
         if first:
             self._llm.collective_rpc("start_weight_update")
         self._llm.collective_rpc("update_weights", kwargs={"update_info": {"parcels": parcels, "last": last}})
@@ -175,7 +177,7 @@ class VllmEngine:
         faults.forget_prefixes(self._llm)
         if self._recorder is not None:
             self._recorder.forget()
-        self._version = parcels[0].manifest.version
+        self._version = self._arriving
 
     def _check_weights(self) -> None:
         if self._version is None:

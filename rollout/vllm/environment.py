@@ -46,8 +46,14 @@ def installed() -> Installed:
 def environment(config: RolloutConfig, rank: int = 0) -> dict[str, str]:
     """Environment variables of a process that will hold a `VllmEngine`; they must be there before it starts.
 
-    rank: of an engine with several; its ranks also need MASTER_ADDR and MASTER_PORT, where they meet.
+    rank: of an engine with several; its ranks also need MASTER_ADDR and MASTER_PORT, where they meet. Raises ValueError
+    for a layout that vLLM's CPU build cannot have.
     """
+    found = installed()
+    if found.device == "cpu" and config.world > 1 and found.version < (0, 32):
+        raise ValueError("rollout.tensor, data and expert need vLLM 0.32 on the CPU: use `replicas`")
+    if found.device == "cpu" and config.tensor > 1 and config.data > 1:  # its MoE layers then split the tokens, too
+        raise ValueError("rollout.tensor and rollout.data together do not run on the CPU: set one of them to 1")
     variables = {
         # The engine core runs in the caller's process: weights arrive there, and nothing else is left to kill.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -61,9 +67,9 @@ def environment(config: RolloutConfig, rank: int = 0) -> dict[str, str]:
         variables["TORCHDYNAMO_DISABLE"] = "1"
     if config.world > 1:
         # On CUDA a process sees its own device only.
-        local = rank if installed().device == "cpu" else 0
+        local = rank if found.device == "cpu" else 0
         variables |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(config.world)}
-    if installed().device == "cpu":
+    if found.device == "cpu":
         # OMP_NUM_THREADS decides; automatic pinning would put two engines on the same cores.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         variables["VLLM_MLA_DISABLE"] = "0" if config.mla else "1"

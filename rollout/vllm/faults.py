@@ -65,11 +65,8 @@ def engine_options(config: RolloutConfig, found: Installed) -> dict[str, Any]:
     return options
 
 
-def mend_parallel(found: Installed) -> None:
-    """Before an engine of several ranks starts on the CPU: supply what vLLM lacks there. Raises ValueError where this
-    vLLM is too old to be mended."""
-    if found.version < (0, 32):
-        raise ValueError("rollout.tensor, data and expert need vLLM 0.32 on the CPU: use `replicas`")
+def mend_parallel() -> None:
+    """Before an engine of several ranks starts on the CPU: supply what vLLM lacks there."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher

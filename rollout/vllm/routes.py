@@ -72,6 +72,8 @@ class RouteRecorder:
         counts, total = np.diff(bounds), int(bounds[-1])
         read = np.asarray(batch.num_computed_tokens_cpu[: len(requests)])
         routes = torch.stack([self._layers[layer] for layer in sorted(self._layers)], dim=1)[:total].numpy()
+        if len(routes) < total:  # an empty step of a data-parallel engine, beside requests that have ended
+            return
         if not self._routes.size:
             self._routes = np.full((self._size, *routes.shape[1:]), UNKNOWN, np.int16)
         offset = np.arange(total) - np.repeat(bounds[:-1], counts)

@@ -48,6 +48,7 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
         """Make every layer ready to be filled anew."""
         self._loaded: set[str] = set()
         self._arrived: set[str] = set()
+        self._versions: set[int] = set()
         if self.device.type == "cpu":
             faults.repack_experts(self.model)
         with set_current_vllm_config(self.vllm_config):
@@ -87,6 +88,9 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
         raise TypeError("a host buffer is handed over by VllmEngine.update_weights; nothing is sent")
 
     def _load(self, parcels: Sequence[Parcel], last: bool) -> None:
+        self._versions |= {parcel.manifest.version for parcel in parcels}
+        if len(self._versions) > 1:
+            raise HandoverError(f"version: buffers of hand-overs {sorted(self._versions)} arrived as one")
         waiting = {piece.name for parcel in parcels for piece in parcel.manifest.pieces}
         twice = waiting & self._arrived
         if twice:
