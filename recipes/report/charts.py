@@ -122,8 +122,8 @@ def heat_map(title: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
         if layer % math.ceil(layers / 8) == 0:
             parts.append(f'<text x="{LEFT - 6}" y="{top + 10:.1f}" text-anchor="end">MoE {layer + 1}</text>')
-    for x, row in ((LEFT, rows[0]), (RIGHT, rows[-1])):
-        parts.append(f'<text x="{x}" y="{HEIGHT - 5}" text-anchor="middle">{row["step"]}</text>')
+    for x, row, anchor in ((LEFT, rows[0], "start"), (RIGHT, rows[-1], "end")):
+        parts.append(f'<text x="{x}" y="{HEIGHT - 5}" text-anchor="{anchor}">{row["step"]}</text>')
     opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
     return Chart(title, Markup(opening + "".join(parts) + "</svg>"), f"at most {means[-1].max() / 100:.1f} x", ())
 
