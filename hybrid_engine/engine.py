@@ -185,20 +185,16 @@ class HybridEngine:
     ) -> dict[str, float]:
         """One optimiser step on the summed loss of `rows`."""
         parts = split_over_ranks(rows, len(self._ranks))
-        stats = self._on_parts(rows, parts, "update", loss, learning_rate, temperature, max_grad_norm)
+        how = loss, learning_rate, temperature, max_grad_norm
+        stats = self._on_parts(rows, parts, lambda rank, own: rank.update.remote(own, *how))
         self._version += 1
         self._look_at_idle_engines()
         return merge_stats(stats)
 
-    def _on_parts(
-        self, rows: Sequence[TrainRow], parts: Sequence[Sequence[int]], method: str, *arguments: Any
-    ) -> list[Any]:
-        """A method of every rank on its part of the rows."""
-        calls = {
-            name: getattr(rank, method).remote([rows[i] for i in part], *arguments)
-            for (name, rank), part in zip(self._ranks.items(), parts, strict=True)
-        }
-        return wait_all(calls, self._replicas)
+    def _on_parts(self, rows: Sequence[TrainRow], parts: Sequence[Sequence[int]], call: Any) -> list[Any]:
+        """`call(rank, its part of the rows)` for every rank, waited for."""
+        named = zip(self._ranks.items(), parts, strict=True)
+        return wait_all({name: call(rank, [rows[i] for i in part]) for (name, rank), part in named}, self._replicas)
 
     def _look_at_idle_engines(self) -> None:
         """An engine that dies while short updates follow each other is noticed as soon as during a long one."""
@@ -209,7 +205,7 @@ class HybridEngine:
     def logprobs(self, rows: Sequence[TrainRow], *, temperature: float, reference: bool = False) -> list[Handle]:
         """Handles to the log-probabilities of each row's loss-carrying tokens."""
         parts = split_over_ranks(rows, len(self._ranks))
-        results = self._on_parts(rows, parts, "logprobs", temperature, reference)
+        results = self._on_parts(rows, parts, lambda rank, own: rank.logprobs.remote(own, temperature, reference))
         placed: dict[int, Handle] = {}
         for part, handles in zip(parts, results, strict=True):
             placed |= zip(part, handles, strict=True)

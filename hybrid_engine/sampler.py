@@ -33,20 +33,18 @@ class ReplicaSampler:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Every request's sample, once all are done."""
-        for lane, samples in enumerate(self._ask("generate", requests)):
+        for lane, samples in enumerate(self._ask(requests, lambda actor, own: actor.generate.remote(own))):
             for sample in samples:
                 yield replace(sample, index=sample.index * self.lanes + lane)
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
         """Log-probabilities of given token sequences, in their order."""
-        answers = self._ask("score", sequences)
+        answers = self._ask(sequences, lambda actor, own: actor.score.remote(own))
         return [answers[i % self.lanes][i // self.lanes] for i in range(len(sequences))]
 
-    def _ask(self, method: str, values: Sequence[Any]) -> list[Any]:
-        """Each lane's answer to its share of the values."""
-        calls = {
-            name: getattr(actor, method).remote(values[place.lane :: self.lanes])
-            for place, (name, actor) in zip(self.places, self.replicas.items(), strict=True)
-        }
+    def _ask(self, values: Sequence[Any], call: Any) -> list[Any]:
+        """Each lane's answer to `call(actor, its share of the values)`."""
+        named = zip(self.places, self.replicas.items(), strict=True)
+        calls = {name: call(actor, values[place.lane :: self.lanes]) for place, (name, actor) in named}
         answers = wait_all(calls, self.idle)
         return [answer for place, answer in zip(self.places, answers, strict=True) if place.answers]

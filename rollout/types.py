@@ -76,18 +76,20 @@ class Trajectories:
     logprobs: np.ndarray
     finish_reasons: tuple[FinishReason, ...]
     version_spans: tuple[tuple[VersionSpan, ...], ...]
-    routes: np.ndarray | None = None
+    routes: np.ndarray | None
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> Self:
         """The trajectories' values, copied; all of them have routes, or none has."""
-        names = ("token_ids", "loss_mask", "logprobs", *(("routes",) if trajectories[0].routes is not None else ()))
-        arrays = {name: np.concatenate([getattr(trajectory, name) for trajectory in trajectories]) for name in names}
+        routes = [trajectory.routes for trajectory in trajectories if trajectory.routes is not None]
         return cls(
             ends=np.cumsum([len(trajectory.token_ids) for trajectory in trajectories]),
+            token_ids=np.concatenate([trajectory.token_ids for trajectory in trajectories]),
+            loss_mask=np.concatenate([trajectory.loss_mask for trajectory in trajectories]),
+            logprobs=np.concatenate([trajectory.logprobs for trajectory in trajectories]),
             finish_reasons=tuple(trajectory.finish_reason for trajectory in trajectories),
             version_spans=tuple(trajectory.version_spans for trajectory in trajectories),
-            **arrays,
+            routes=np.concatenate(routes) if routes else None,
         )
 
     def __getitem__(self, index: int) -> Trajectory:

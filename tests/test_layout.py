@@ -44,6 +44,7 @@ def test_the_ranks_beside_the_experts_shard_or_replicate_them(shape: tuple, expe
         ("deepseek-v3", {"data": 3, "expert": True}, "rollout.expert: 3 ranks do not divide the model's 8"),
         ("llama-tied", {"tensor": 2, "expert": True}, "rollout.expert: llama has no routed experts"),
         ("llama", {"tensor": 3}, r"rollout.tensor: 3 does not divide the model's num_attention_heads \(4\)"),
+        ("grouped", {"tensor": 8}, "rollout.tensor: of 8 and the model's 3 key-value heads"),
         ("llama", (1, 4, 1), None),
         ("deepseek-v2", {"tensor": 4, "data": 2, "expert": True}, None),
         ("deepseek-v2", {"tensor": 2, "expert": True}, None),
@@ -51,7 +52,9 @@ def test_the_ranks_beside_the_experts_shard_or_replicate_them(shape: tuple, expe
 )
 def test_layouts_that_do_not_fit_the_model_are_refused(family: str, shape: tuple | dict, part: str | None) -> None:
     train, rollout = ({}, shape) if isinstance(shape, dict) else (layout(shape).model_dump(), {})
-    found = misfits(TrainConfig(**train), RolloutConfig(**rollout), CONFIGS[family].to_dict())
+    model = CONFIGS["llama"].to_dict() | {"num_attention_heads": 24, "num_key_value_heads": 3}
+    model = model if family == "grouped" else CONFIGS[family].to_dict()
+    found = misfits(TrainConfig(**train), RolloutConfig(**rollout), model)
     problems = [f"{section}.{key}: {problem}" for section, key, problem in found]
     assert re.match(part, problems[0]) if part else not problems
 
