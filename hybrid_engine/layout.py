@@ -65,16 +65,12 @@ def misfits(train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]
         if size % shard:
             several = f"`expert` {train.expert} leaves {shard} ranks to split each expert"
             yield "train", "shard", f"{several}, and {shard} does not divide {size}, the size of one of its matrices"
-    heads = model.get("num_key_value_heads") or model["num_attention_heads"]
-    if max(heads, rollout.tensor) % min(heads, rollout.tensor):
-        yield (
-            "rollout",
-            "tensor",
-            f"of {rollout.tensor} and the model's {heads} key-value heads one must divide the other",
-        )
     split = {"num_attention_heads": model["num_attention_heads"]} | widths
     if rollout.expert:
         split.pop("moe_intermediate_size", None)
     for name, size in split.items():
         if size % rollout.tensor:
             yield "rollout", "tensor", f"{rollout.tensor} does not divide the model's {name} ({size})"
+    heads = model.get("num_key_value_heads") or model["num_attention_heads"]
+    if max(heads, rollout.tensor) % min(heads, rollout.tensor):
+        yield "rollout", "tensor", f"of {rollout.tensor} and {heads} key-value heads one must divide the other"

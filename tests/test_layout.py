@@ -44,7 +44,7 @@ def test_the_ranks_beside_the_experts_shard_or_replicate_them(shape: tuple, expe
         ("deepseek-v3", {"data": 3, "expert": True}, "rollout.expert: 3 ranks do not divide the model's 8"),
         ("llama-tied", {"tensor": 2, "expert": True}, "rollout.expert: llama has no routed experts"),
         ("llama", {"tensor": 3}, r"rollout.tensor: 3 does not divide the model's num_attention_heads \(4\)"),
-        ("grouped", {"tensor": 8}, "rollout.tensor: of 8 and the model's 3 key-value heads"),
+        ("grouped", {"tensor": 8}, "rollout.tensor: of 8 and 3 key-value heads"),
         ("llama", (1, 4, 1), None),
         ("deepseek-v2", {"tensor": 4, "data": 2, "expert": True}, None),
         ("deepseek-v2", {"tensor": 2, "expert": True}, None),
