@@ -157,7 +157,7 @@ def test_a_collapsed_router_is_balanced_by_the_losses_alone() -> None:
             kept.model.model.embed_tokens.weight.add_(0.01)  # a direction that all tokens share
             for router in routers(kept.model):
                 router.weight.mul_(0.3)
-                router.weight[:2].add_(0.1)
+                router.weight[:2].add_(0.2)
         kept.policy.optimizer = torch.optim.AdamW(
             [router.weight for router in routers(kept.model)], lr=1e-2, weight_decay=0.0
         )
@@ -169,7 +169,7 @@ def test_a_collapsed_router_is_balanced_by_the_losses_alone() -> None:
             kept.model.zero_grad()
             loads.append(merge_stats([stats])["experts/max_load"])
         after[alpha] = max(loads[-STEPS // 10 :])
-    assert after[0.0] > 3 and after[1.0] < 1.5
+    assert after[0.0] > 3.5 and after[1.0] < 1.5
 
 
 def test_load_by_hand() -> None:

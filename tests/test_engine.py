@@ -193,8 +193,9 @@ def test_a_step_in_bfloat16_stays_within_its_own_limits(train: str, rollout: str
     assert (rollout == "bfloat16") <= all(step["mismatch/experts"] > 0 for step in done)
 
 
-def test_with_routing_replay_every_token_is_trained_with_the_experts_that_sampled_it() -> None:
-    engine = start({"dtype": "bfloat16", "data": 2, "expert": True}, shard=2, routing_replay=True)
+@pytest.mark.parametrize(("rollout", "shard"), [({}, 1), ({"data": 2, "expert": True}, 2)], ids=["one", "DP 2 + EP"])
+def test_with_routing_replay_every_token_is_trained_with_the_experts_that_sampled_it(rollout: dict, shard: int) -> None:
+    engine = start({"dtype": "bfloat16"} | rollout, shard=shard, routing_replay=True)
     try:
         begin(engine, config(kl=0.01))
         done = run_steps(engine, config(kl=0.01, updates_per_batch=2, correction={"token_mask": (0.5, 5.0)}))
