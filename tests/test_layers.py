@@ -28,6 +28,7 @@ DOORS: dict[str, tuple[str, ...]] = {
 LIGHT_MODULES = ("rollout.config", "rewards.config", "alignment.config", "recipes.schema", "recipes.cli")
 HEAVY = ("torch", "ray", "vllm")
 MAX_FILE, MAX_FUNCTION, MAX_PRODUCT = 300, 80, 8000
+"""Lines; of the whole product without blank ones (which the formatter sets)."""
 UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME)\b")
 
 
@@ -117,9 +118,9 @@ def style_violations(root: Path) -> list[str]:
         for node in nodes(path):
             if (problem := node_violation(node)) is not None:
                 found.append(f"{place}:{node.lineno}: {problem}")  # type: ignore[attr-defined]
-    product = sum(len(path.read_text().splitlines()) for path in python_files(root, LAYERS))
+    product = sum(bool(line.strip()) for path in python_files(root, LAYERS) for line in path.read_text().splitlines())
     if product > MAX_PRODUCT:
-        found.append(f".:0: the product has {product} lines, more than {MAX_PRODUCT}")
+        found.append(f".:0: the product has {product} lines that are not blank, more than {MAX_PRODUCT}")
     return found
 
 
@@ -183,7 +184,7 @@ def test_too_many_product_lines_are_caught(tmp_path: Path):
     (tmp_path / "recipes").mkdir()
     for number in range(27):
         (tmp_path / "recipes" / f"f{number}.py").write_text("x = 1\n" * 300)
-    assert style_violations(tmp_path) == [".:0: the product has 8100 lines, more than 8000"]
+    assert style_violations(tmp_path) == [".:0: the product has 8100 lines that are not blank, more than 8000"]
 
 
 ALLOWED = {
