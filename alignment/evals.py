@@ -42,13 +42,15 @@ lm_eval.api.task.eval_logger.addFilter(lambda record: "Custom kwargs can be pass
 class TaskInfo:
     """What one task will ask. n: items. max_new_tokens: of an item, 0 where only log-likelihoods are asked.
 
-    longest_prompt: tokens of the longest prompt (log-likelihoods: with its continuation).
+    longest_prompt: tokens of the longest prompt (log-likelihoods: with its continuation). texts: question and reference
+    answer of each item, without few-shot examples.
     """
 
     name: str
     n: int
     max_new_tokens: int
     longest_prompt: int
+    texts: tuple[tuple[str, str], ...]
 
 
 def check_tasks(
@@ -74,10 +76,21 @@ def check_tasks(
                 chat_template=model.apply_chat_template if config.chat_template else None,
             )
             asked = model.tokens(task.instances, max_length)
-            n = len({instance.doc_id for instance in task.instances})
+            docs = {instance.doc_id: instance.doc for instance in task.instances}
             longest = max(len(context) + len(rest) for context, rest, _ in asked)
-            infos.append(TaskInfo(name, n, max(new for *_, new in asked), longest))
+            texts = tuple(_texts(task, doc) for doc in docs.values())
+            infos.append(TaskInfo(name, len(docs), max(new for *_, new in asked), longest, texts))
     return infos
+
+
+def _texts(task: Task, doc: dict[str, Any]) -> tuple[str, str]:
+    """Question and reference answer of an item. Where one is a number, it counts the choices, which are texts."""
+    question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+    if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+        answer = task.doc_to_choice(doc)[answer]
+    if isinstance(question, int):
+        question = " ".join(task.doc_to_choice(doc))
+    return str(question), " ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
 
 
 def run_evals(

@@ -6,7 +6,7 @@ libraries: the tokenizer, data functions, rewards, eval tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from alignment.metrics import check_trackers
 from hybrid_engine.layout import misfits
+from recipes.contamination import overlaps, summary
 from recipes.data import stage_rows
 from recipes.errors import RecipeError, shorten
 from recipes.plan import plan
@@ -28,6 +30,8 @@ from rollout.data import FILE_SUFFIXES, row_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from alignment.evals import TaskInfo
 
 Rows = list[dict[str, Any]]
 ASSUMPTION = "smallest drop: the paired 95% interval leaves out zero when 20% of the items change sides"
@@ -71,12 +75,16 @@ def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows]) -> Iterator[
     """
     recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
     for index, stage in enumerate(recipe.stages):
-        if index not in found:
+        if index not in found and stage.data.from_ is None:
             _load(recipe, index, found, problems)
-        if stage.grpo and index in found:
-            for number, reward in enumerate(stage.grpo.rewards):
-                with problems.at(("stages", index, "grpo", "rewards", number)):
+        for number, reward in enumerate(stage.rollout.rewards if stage.rollout and index in found else ()):
+            with problems.at(("stages", index, stage.kind, "rewards", number)):
+                if reward.function is not None:
                     check_reward(reward, recipe.folder, set(found[index][0]))
+                elif reward.path is not None:
+                    from alignment.model import check_classifier
+
+                    check_classifier(reward.path, recipe.folder)
     problems.stop()
     with problems.at(("model",)):
         tokenizer = _tokenizer(recipe, found, problems)
@@ -84,7 +92,11 @@ def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows]) -> Iterator[
     tables = [_lengths(recipe, found, tokenizer, problems)]
     if recipe.evals.tasks:
         with problems.at(("evals",)):
-            tables.append(_evals(recipe, tokenizer))
+            from alignment.evals import check_tasks
+
+            length = recipe.rollout.max_length
+            tasks = check_tasks(recipe.evals, recipe.folder, length, tokenizer, recipe.seed, recipe.data_folder)
+            tables += [_evals(tasks), _contamination(contamination(recipe, found, tasks))]
     problems.stop()
     yield from tables
 
@@ -130,14 +142,14 @@ def _load(recipe: Recipe, index: int, rows: dict[int, Rows], problems: _Problems
     stage = recipe.stages[index]
     with problems.at(_data_key(index, stage)):
         rows[index] = stage_rows(recipe, stage)
-    if stage.sft and index in rows:
-        with problems.at(("stages", index, "sft")):
-            stage.sft.check_schedule(stage.sft.total_steps(len(rows[index])))
+    if stage.rollout is None and index in rows:
+        with problems.at(("stages", index, stage.kind)):
+            stage.config.check_schedule(stage.config.total_steps(len(rows[index])))
 
 
 def _data_key(index: int, stage: Stage) -> Key:
     """The key that names the file or function of a stage's data."""
-    section = "prompts" if stage.grpo else "data"
+    section = "prompts" if stage.rollout else "data"
     return ("stages", index, stage.kind, section, "function" if stage.data.path is None else "path")
 
 
@@ -145,14 +157,16 @@ def _tokenizer(recipe: Recipe, rows: Mapping[int, Rows], problems: _Problems) ->
     """The policy's tokenizer; the model must fit the layouts, and its own context the recipe's lengths."""
     from alignment.model import load_tokenizer, model_config
 
-    texts = row_texts(chain.from_iterable(rows[index] for index in range(len(recipe.stages))))
+    texts = row_texts(chain.from_iterable(rows.values()))
     tokenizer = load_tokenizer(recipe.model, recipe.folder, texts)
     model = model_config(recipe.model, tokenizer, recipe.folder).get_text_config()
     for section, name, problem in misfits(recipe.train, recipe.rollout, model.to_dict()):
         problems.add((section, name), problem)
     context = model.max_position_embeddings
     lengths: dict[Key, int] = {("rollout",): recipe.rollout.max_length}
-    lengths |= {("stages", i, "sft"): stage.sft.max_length for i, stage in enumerate(recipe.stages) if stage.sft}
+    lengths |= {
+        ("stages", i, stage.kind): stage.config.max_length for i, stage in enumerate(recipe.stages) if not stage.rollout
+    }
     for key, length in lengths.items():
         if length > context:
             problems.add((*key, "max_length"), f"{length} tokens, the model's context is {context}")
@@ -163,6 +177,7 @@ def _lengths(
     recipe: Recipe, rows: Mapping[int, Rows], tokenizer: PreTrainedTokenizerBase, problems: _Problems
 ) -> Table:
     """Tokens of each dataset's rows, and what is done about long ones."""
+    from alignment.reward_data import make_judged_rows
     from alignment.sft_data import make_sft_rows
     from rollout.prompts import check_lengths, make_prompts
 
@@ -170,11 +185,18 @@ def _lengths(
     table = Table("stage", "rows", "tokens on average", "longest", "limit")
     table.title = f"Data, with {len(tokenizer):,} token ids"
     for index, stage in enumerate(recipe.stages):
+        if index not in rows:  # an earlier stage samples them
+            continue
         with problems.at(_data_key(index, stage)):
-            if stage.grpo:
+            if stage.rollout:
                 items = make_prompts(rows[index], tokenizer, stage.source)
-                check_lengths(items, longest, stage.grpo.max_new_tokens, stage.source)
-                limit = f"{longest - stage.grpo.max_new_tokens:,} for a prompt"
+                check_lengths(items, longest, stage.rollout.max_new_tokens, stage.source)
+                limit = f"{longest - stage.rollout.max_new_tokens:,} for a prompt"
+            elif stage.reward_model:
+                items, held, counts = make_judged_rows(rows[index], tokenizer, stage.config, stage.source)
+                stage.config.check_schedule(stage.config.total_steps(len(items)))
+                limit = f"{stage.config.max_length:,}: {counts['too long']:,} too long, {counts['unfit']:,} unfit"
+                limit += f"; {len(held):,} held out"
             else:
                 items, counts = make_sft_rows(rows[index], tokenizer, stage.config, stage.source)
                 stage.config.check_schedule(stage.config.total_steps(len(items)))
@@ -185,13 +207,32 @@ def _lengths(
     return table
 
 
-def _evals(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Table:
-    from alignment.evals import check_tasks
+def _evals(tasks: Sequence[TaskInfo]) -> Table:
     from alignment.tax import detectable_drop
 
     table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
-    length = recipe.rollout.max_length
-    for task in check_tasks(recipe.evals, recipe.folder, length, tokenizer, recipe.seed, recipe.data_folder):
+    for task in tasks:
         drop = f"{100 * detectable_drop(task.n):.1f} points"
         table.add_row(task.name, f"{task.n:,}", f"{task.longest_prompt:,} + {task.max_new_tokens:,} new", drop)
+    return table
+
+
+def contamination(recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo]) -> list[dict[str, Any]]:
+    """The eval items that stand in the rows of the stages (`summary`). rows: of every stage, by its index."""
+    items = {task.name: task.texts for task in tasks}
+    texts = (
+        (stage.name, number, text)
+        for index, stage in enumerate(recipe.stages)
+        for number, row in enumerate(rows.get(index, ()))
+        for text in row_texts([row])
+    )
+    return summary(overlaps(items, texts), items)
+
+
+def _contamination(lines: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("stage", "eval", "items", "first rows", "words in common", title="Eval items in training rows")
+    table.caption = None if lines else "none"
+    for line in lines:
+        share = f"[yellow]{line['contaminated']:,} of {line['items']:,}"
+        table.add_row(line["source"], line["task"], share, ", ".join(map(str, line["rows"])), Text(line["words"]))
     return table

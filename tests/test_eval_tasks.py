@@ -100,6 +100,22 @@ def test_a_choice_that_does_not_fit_is_refused(tmp_path: Path):
     assert sampler.scored == []
 
 
+def test_questions_and_reference_answers_are_known_before_a_model_is_loaded(tmp_path: Path):
+    tasks = (
+        write_task(tmp_path, "upper", LETTERS, **GENERATE | {"description": "Answer:", "num_fewshot": 2}),
+        write_task(tmp_path, "choice", [{"q": "abc", "c": ["x", "yyyy"], "t": 1}], **CHOICE),
+        write_task(tmp_path, "gap", [{"c": ["a is", "b is"], "t": "red"}], **CHOICE | {"doc_to_text": 0}),
+        write_task(tmp_path, "several", [{"q": "abc", "a": ["one", "two"]}], **GENERATE | {"doc_to_target": "a"}),
+    )
+    infos = check_tasks(EvalConfig(tasks=tasks, limit=2), tmp_path, 100, Characters())  # type: ignore[arg-type]
+    assert [info.texts for info in infos] == [
+        (("a=", "A"), ("b=", "B")),
+        (("abc", "yyyy"),),
+        (("a is b is", "red"),),
+        (("abc=", "one two"),),
+    ]
+
+
 def test_a_log_likelihood_is_not_taken_for_a_perplexity(tmp_path: Path):
     metrics = [{"metric": "perplexity"}, {"metric": "acc"}]
     config = {"output_type": "loglikelihood", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "metric_list": metrics}

@@ -152,6 +152,16 @@ def test_good_recipe_passes_and_shows_what_its_evals_can_see(recipe: Path):
     assert "sums" in text and drop in text and "24 for a prompt" in text
 
 
+def test_eval_items_in_training_rows_are_a_warning_that_names_stage_task_and_rows(recipe: Path):
+    text = printed(check(load_recipe(recipe)))
+    lines = [" ".join(line.split()) for line in text.splitlines() if "20 of 20" in line]
+    assert lines == [f"│ {stage} │ sums │ 20 of 20 │ 0, 1, 2, 3, 4 │ 0 0 │" for stage in ("sft", "grpo")]
+    other = "\n".join(json.dumps({"prompt": f"7 + {i} =", "completion": f" {i + 7}"}) for i in range(100, 120))
+    (recipe.parent / "sums.jsonl").write_text(other)
+    text = printed(check(load_recipe(recipe)))
+    assert " of 20" not in text and "none" in text
+
+
 LIBRARY_MISTAKES = {
     "data function": (
         "stages.0.sft.data={function: 'my.py:rows'}",
