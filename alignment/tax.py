@@ -45,10 +45,11 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class TaxRow:
-    """One line of a tax table: means before and after, `difference` = after - before and its 95% interval.
+    """One line of a tax table: means before and after, `difference` = after - before and its interval.
 
-    gained: items that got better (wrong -> right; other values: a better value); lost: that got worse.
-    low and high are NaN where one item alone gives no interval.
+    The intervals of a table's `together` lines hold all at once, with a confidence of 95%. gained: items that got
+    better (wrong -> right; other values: a better value); lost: that got worse. low and high are NaN where one item
+    alone gives no interval. group: whether the line is the mean of several benchmarks, with the sums of their items.
     """
 
     benchmark: str
@@ -61,6 +62,8 @@ class TaxRow:
     lost: int
     n: int
     higher_is_better: bool = True
+    group: bool = False
+    together: int = 1
 
     @property
     def verdict(self) -> int:
@@ -93,8 +96,8 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
     return limit(-1.0), limit(1.0)
 
 
-def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95% BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time.
+def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time.
 
     Equal differences give an interval of no width (resampling cannot know more); one item gives NaN.
     """
@@ -102,57 +105,94 @@ def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     if np.ptp(differences) == 0:
         return float(differences[0]), float(differences[0])
-    batch = max(1, 2_000_000 // len(differences))
+    batch, resamples = max(1, 2_000_000 // len(differences)), max(10_000, round(100 / (1 - confidence)))
     interval = stats.bootstrap(
-        (differences,), np.mean, n_resamples=10_000, batch=batch, confidence_level=0.95, method="BCa", rng=0
+        (differences,), np.mean, n_resamples=resamples, batch=batch, confidence_level=confidence, method="BCa", rng=0
     ).confidence_interval
     return float(interval.low), float(interval.high)
 
 
-def compare(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> list[TaxRow]:
-    """One row per benchmark, in the order of `before`.
+def compare(
+    before: Sequence[TaskResult], after: Sequence[TaskResult], groups: Mapping[str, Sequence[str]] | None = None
+) -> list[TaxRow]:
+    """One row per benchmark, in the order of `before`, then one per group (name -> benchmarks).
 
-    Right/wrong items get Tango's score interval, all others a paired bootstrap; 95% both.
-    Raises ValueError when the two do not hold the same benchmarks and items, naming the first mismatch.
+    Right/wrong items get Tango's score interval, all others a paired bootstrap. The m rows' intervals hold together
+    with 95%: each has the confidence 1 - 0.05 / m (Bonferroni), so that a change without effect raises an alarm in any
+    of the rows once in 20 times at most.
+    Raises ValueError when the two do not hold the same benchmarks and items, naming the first mismatch, and for a group
+    whose benchmarks are not there or not all better in the same direction.
     """
     if [r.name for r in before] != [r.name for r in after]:
         raise ValueError(
             f"the evals are of different benchmarks: {[r.name for r in before]} before, {[r.name for r in after]} "
             "after; compare results of the same recipe's evals"
         )
-    tasks = [r.task for r in before]
-    return [_row(b, a, b.task if tasks.count(b.task) == 1 else b.name) for b, a in zip(before, after, strict=True)]
+    tasks, together = [r.task for r in before], len(before) + len(groups or {})
+    names = [r.task if tasks.count(r.task) == 1 else r.name for r in before]
+    rows = [_row(b, a, name, together) for b, a, name in zip(before, after, names, strict=True)]
+    variances = {row.benchmark: _variance(b, a) for row, b, a in zip(rows, before, after, strict=True)}
+    return rows + [_group_row(name, members, rows, variances) for name, members in (groups or {}).items()]
 
 
-def _row(before: TaskResult, after: TaskResult, benchmark: str) -> TaxRow:
+def _group_row(name: str, members: Sequence[str], rows: Sequence[TaxRow], variances: Mapping[str, float]) -> TaxRow:
+    """The mean over benchmarks that weigh the same, with a normal interval from the sum of their variances."""
+    found = [row for row in rows if row.benchmark in members]
+    if not members or len(found) != len(members) or len({row.higher_is_better for row in found}) > 1:
+        raise ValueError(f"group `{name}`: needs benchmarks of one direction, out of {[r.benchmark for r in rows]}")
+    columns = [(row.before, row.after, row.difference, row.gained, row.lost, row.n) for row in found]
+    before, after, difference, *counts = map(sum, zip(*columns, strict=True))
+    k, first, mean = len(found), found[0], difference / len(found)
+    z, error = stats.norm.ppf(1 - 0.025 / first.together), math.sqrt(sum(variances[m] for m in members)) / k
+    limits = float(mean - z * error), float(mean + z * error)
+    return TaxRow(name, before / k, after / k, mean, *limits, *counts, first.higher_is_better, True, first.together)
+
+
+def _variance(before: TaskResult, after: TaskResult) -> float:
+    """Of the mean of paired differences; of right/wrong items with half an item more in each of the four cells.
+
+    Agresti & Min (2005) add these, so that few flips, and none, still give a width, and the interval covers.
+    """
+    differences = after.values - before.values
+    if _is_right_wrong(before, after):  # half a +1, half a -1 and a 0, as two items: same sum, same sum of squares
+        differences = np.append(differences, [math.sqrt(0.5), -math.sqrt(0.5)])
+    return float(differences.var(ddof=1)) / len(differences) if len(differences) > 1 else math.nan
+
+
+def _is_right_wrong(*results: TaskResult) -> bool:
+    return all(np.isin(result.values, (0, 1)).all() for result in results)
+
+
+def _row(before: TaskResult, after: TaskResult, benchmark: str, together: int) -> TaxRow:
     for index, (left, right) in enumerate(zip_longest(before.items, after.items)):
         if left != right:
             raise ValueError(f"{before.name}: item {index} is {left!r} before, {right!r} after; they cannot be paired")
     differences = after.values - before.values
     better = differences if before.higher_is_better else -differences
-    gained, lost = int((better > 0).sum()), int((better < 0).sum())
-    if np.isin(before.values, (0, 1)).all() and np.isin(after.values, (0, 1)).all():
-        low, high = tango_interval(int((differences > 0).sum()), int((differences < 0).sum()), len(differences))
+    gained, lost, n, confidence = int((better > 0).sum()), int((better < 0).sum()), len(better), 1 - 0.05 / together
+    if _is_right_wrong(before, after):
+        low, high = tango_interval(int((differences > 0).sum()), int((differences < 0).sum()), n, confidence)
     else:
-        low, high = bootstrap_interval(differences)
+        low, high = bootstrap_interval(differences, confidence)
     means = float(before.values.mean()), float(after.values.mean()), float(differences.mean())
-    return TaxRow(benchmark, *means, low, high, gained, lost, len(differences), before.higher_is_better)
+    return TaxRow(benchmark, *means, low, high, gained, lost, n, before.higher_is_better, together=together)
 
 
-def detectable_drop(n: int, discordance: float = 0.2) -> float:
-    """The smallest drop in accuracy over n right/wrong items whose 95% interval excludes zero.
+def detectable_drop(n: int, discordance: float = 0.2, together: int = 1) -> float:
+    """The smallest drop in accuracy over n right/wrong items whose interval, one of `together`, excludes zero.
 
     Assumes that a share `discordance` of the items flips between two evals, most of them by chance and in both
     directions (0.2 is usual after a stage of training). Zero is outside Tango's interval exactly when
-    (lost - gained) / sqrt(lost + gained) > 1.96. It is the drop that must be *seen*; a true drop of that size is seen
-    half of the time. At least 4 items must flip: math.inf when n < 4.
+    (lost - gained) / sqrt(lost + gained) > z, 1.96 for a single benchmark. It is the drop that must be *seen*; a true
+    drop of that size is seen half of the time. More than z^2 items must flip (4, if 1.96): math.inf when n is smaller.
     """
-    z = float(stats.norm.ppf(0.975))
-    flips = max(4, round(discordance * n))
+    z = float(stats.norm.ppf(1 - 0.025 / together))
+    least = math.floor(z * z) + 1
+    flips = max(least, round(discordance * n))
     net = math.floor(z * math.sqrt(flips)) + 1
     # lost - gained is odd exactly when lost + gained is.
     net += (net - flips) % 2
-    return net / n if n >= 4 else math.inf
+    return net / n if n >= least else math.inf
 
 
 def save_results(path: Path, results: Sequence[TaskResult]) -> None:

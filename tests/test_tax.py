@@ -121,6 +121,101 @@ def test_lower_is_better_turns_the_verdict_not_the_difference():
     assert (row.gained, row.lost) == (40, 0)
 
 
+def test_intervals_of_a_table_hold_together():
+    pairs = [
+        [result([1, 1, 0, 0, 1, 0], task=name) for name in "abc"],
+        [result([1, 0] * 3, task=name) for name in "abc"],
+    ]
+    assert compare(*pairs)[0].together == 3
+    rows = compare(*pairs, {"all": ["a", "b", "c"], "some": ["a"]})
+    assert [(row.together, row.group) for row in rows] == [(5, False)] * 3 + [(5, True)] * 2
+    for row in rows[:3]:
+        assert (row.low, row.high) == pytest.approx(tango_interval(1, 1, 6, 0.99))
+    rng = np.random.default_rng(0)
+    values = [[result(rng.normal(0, 1, 50), task=name) for name in "ab"] for _ in range(2)]
+    row = compare(*values)[0]
+    assert (row.low, row.high) == bootstrap_interval(values[1][0].values - values[0][0].values, 0.975)
+    alone = bootstrap_interval(values[1][0].values - values[0][0].values)
+    assert row.low < alone[0] < alone[1] < row.high
+
+
+def alarms(rng: np.random.Generator, benchmarks: int, *, corrected: bool = True) -> bool:
+    """Whether any line of an A/A comparison, same weights and another seed, looks like a change."""
+    chances = [rng.beta(1, 1, 60) for _ in range(benchmarks)]
+    evals = [[result(rng.random(60) < p, task=str(k)) for k, p in enumerate(chances)] for _ in range(2)]
+    if not corrected:
+        return any(compare([a], [b])[0].verdict for a, b in zip(*evals, strict=True))
+    groups = {"all": [str(k) for k in range(benchmarks)]} if benchmarks > 1 else {}
+    return any(row.verdict for row in compare(*evals, groups))
+
+
+@pytest.mark.parametrize("benchmarks", [1, 3, 8, 20])
+def test_the_same_weights_raise_an_alarm_in_one_table_of_twenty_at_most(benchmarks: int):
+    rng, tables = np.random.default_rng(benchmarks), 300
+    share = sum(alarms(rng, benchmarks) for _ in range(tables)) / tables
+    assert share <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / tables)
+    assert share > 0 or benchmarks == 20, "an interval that never alarms would hide every tax"
+
+
+def test_without_the_correction_they_would_not():
+    rng = np.random.default_rng(0)
+    assert sum(alarms(rng, 20, corrected=False) for _ in range(100)) > 40
+
+
+def test_a_group_is_the_mean_of_its_benchmarks():
+    before = [result([1, 1, 1, 1], task="a"), result([1, 0], task="b"), result([0.0, 0.5], task="c", metric="f1")]
+    after = [result([0, 1, 1, 1], task="a"), result([1, 1], task="b"), result([0.5, 0.5], task="c", metric="f1")]
+    *_, group, one = compare(before, after, {"all": ("a", "b", "c"), "one": ("b",)})
+    assert (group.before, group.after) == pytest.approx(((1 + 0.5 + 0.25) / 3, (0.75 + 1 + 0.5) / 3))
+    assert group.difference == pytest.approx((-0.25 + 0.5 + 0.25) / 3), "not by the number of items"
+    assert (group.benchmark, group.gained, group.lost, group.n) == ("all", 2, 1, 8)
+    # By hand, half an item more in each of the cells: 6 of 4, 4 of 2; what is not right or wrong has its own variance.
+    a, b = (2 / 6 - (-1 / 6) ** 2) / 5, (2 / 4 - (1 / 4) ** 2) / 3
+    half = stats.norm.ppf(0.995) * math.sqrt(a + b + np.var([0.5, 0.0], ddof=1) / 2) / 3
+    assert (group.low, group.high) == pytest.approx((group.difference - half, group.difference + half))
+    assert (one.difference, one.high - one.low) == pytest.approx((0.5, 2 * stats.norm.ppf(0.995) * math.sqrt(b)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gains", "losses"),
+    [
+        ((10, 20, 50, 200), (0.10, 0.02, 0.2, 0.05), (0.02, 0.02, 0.05, 0.10)),
+        ((250,) * 4, (0.1,) * 4, (0.1,) * 4),
+        ((250,) * 12, (0.02,) * 12, (0.02,) * 12),
+        ((30,) * 4, (0.02,) * 4, (0.02,) * 4),
+        ((20,) * 10, (0.0,) * 10, (0.05,) * 10),
+    ],
+)
+def test_the_interval_of_a_group_covers(sizes, gains, losses):
+    """The true difference is known. Each row has a confidence of 1 - 0.05 / (benchmarks + 1)."""
+    rng, held, tables = np.random.default_rng(0), 0, 300
+    names, confidence = [str(k) for k in range(len(sizes))], 1 - 0.05 / (len(sizes) + 1)
+    for _ in range(tables):
+        before, after = [], []
+        for name, n, gain, loss in zip(names, sizes, gains, losses, strict=True):
+            kinds = rng.choice(3, n, p=[gain, loss, 1 - gain - loss])
+            before.append(result(np.array([0, 1, 1])[kinds], task=name))
+            after.append(result(np.array([1, 0, 1])[kinds], task=name))
+        row = compare(before, after, {"all": names})[-1]
+        held += row.low <= (sum(gains) - sum(losses)) / len(sizes) <= row.high
+    assert held / tables >= confidence - 3 * math.sqrt(confidence * (1 - confidence) / tables)
+
+
+def test_a_group_keeps_its_width_when_nothing_flips():
+    same = [result([1, 0, 1], task=name) for name in "ab"]
+    row = compare(same, same, {"all": "ab"})[-1]
+    assert row.difference == 0 and row.low < -0.3 and row.high > 0.3 and row.verdict == 0
+    one = [result([0.5], task="a"), result([0.5, 0.25], task="b")]
+    assert math.isnan(compare(one, one, {"all": "ab"})[-1].low), "one item alone gives no interval"
+
+
+def test_a_group_without_its_benchmarks_or_of_two_directions_is_refused():
+    pair = [result([1, 0], task="a"), result([1, 0], task="b", higher=False)]
+    for members in (("a", "c"), (), ("a", "b")):
+        with pytest.raises(ValueError, match=r"group `g`: needs benchmarks of one direction, out of \['a', 'b'\]"):
+            compare(pair, pair, {"g": members})
+
+
 def test_several_metrics_of_a_task_keep_their_names():
     pair = [result([1, 0]), result([0.5, 0.25], metric="f1")]
     assert [row.benchmark for row in compare(pair, pair)] == ["gsm8k/exact_match", "gsm8k/f1"]
@@ -163,10 +258,15 @@ def test_bootstrap_without_information_says_so():
 
 @pytest.mark.parametrize("n", [4, 7, 20, 100, 250, 1319])
 @pytest.mark.parametrize("discordance", [0.05, 0.2, 0.5])
-def test_detectable_drop_is_the_smallest_that_excludes_zero(n, discordance):
-    flips = max(4, round(discordance * n))
-    losses = [lost for lost in range(flips + 1) if tango_interval(flips - lost, lost, n)[1] < 0]
-    assert detectable_drop(n, discordance) == pytest.approx((2 * min(losses) - flips) / n)
+@pytest.mark.parametrize(("together", "least"), [(1, 4), (10, 8)])
+def test_detectable_drop_is_the_smallest_that_excludes_zero(n, discordance, together, least):
+    flips, confidence = max(least, round(discordance * n)), 1 - 0.05 / together
+    if flips > n:
+        assert detectable_drop(n, discordance, together) == math.inf
+        assert tango_interval(0, n, n, confidence)[1] > 0, "not even when all items are lost"
+        return
+    losses = [lost for lost in range(flips + 1) if tango_interval(flips - lost, lost, n, confidence)[1] < 0]
+    assert detectable_drop(n, discordance, together) == pytest.approx((2 * min(losses) - flips) / n)
 
 
 def test_no_drop_is_detectable_in_three_items():
@@ -182,4 +282,7 @@ def test_results_and_rows_survive_files(tmp_path):
     (row,) = compare([result([0.5])], [result([0.75])])
     fields = json.loads(json.dumps(row_to_json(row), allow_nan=False))
     assert fields["low"] is None and math.isnan(row_from_json(fields).low)
-    assert {"benchmark", "before", "after", "difference", "low", "high", "gained", "lost", "n"} <= fields.keys()
+    old = {"benchmark", "before", "after", "difference", "low", "high", "gained", "lost", "n"}
+    assert old <= fields.keys()
+    earlier = row_from_json({key: fields[key] for key in old})
+    assert (earlier.group, earlier.together, earlier.n) == (False, 1, 1), "tables of earlier versions can be read"
