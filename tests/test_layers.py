@@ -28,7 +28,7 @@ DOORS: dict[str, tuple[str, ...]] = {
 LIGHT_MODULES = ("rollout.config", "rewards.config", "alignment.config", "recipes.schema", "recipes.cli")
 HEAVY = ("torch", "ray", "vllm")
 MAX_FILE, MAX_FUNCTION, MAX_PRODUCT = 300, 80, 8000
-"""Lines; of the whole product without blank ones (which the formatter sets)."""
+"""Lines; of the whole product those of code alone, as `cloc` counts them: no blank line, comment or docstring."""
 UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME)\b")
 
 
@@ -64,6 +64,17 @@ def is_inside(name: str, module: str) -> bool:
 
 def is_below(place: str, door: str) -> bool:
     return door.endswith("/") and place.startswith(door)
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: not blank, no comment, no string that stands for itself (docstrings)."""
+    lines = path.read_text().splitlines()
+    left_out = {number for number, line in enumerate(lines, 1) if not line.strip() or line.lstrip().startswith("#")}
+    for node in nodes(path):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                left_out.update(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(lines) - len(left_out)
 
 
 def import_violations(root: Path) -> list[str]:
@@ -118,9 +129,9 @@ def style_violations(root: Path) -> list[str]:
         for node in nodes(path):
             if (problem := node_violation(node)) is not None:
                 found.append(f"{place}:{node.lineno}: {problem}")  # type: ignore[attr-defined]
-    product = sum(bool(line.strip()) for path in python_files(root, LAYERS) for line in path.read_text().splitlines())
+    product = sum(code_lines(path) for path in python_files(root, LAYERS))
     if product > MAX_PRODUCT:
-        found.append(f".:0: the product has {product} lines that are not blank, more than {MAX_PRODUCT}")
+        found.append(f".:0: the product has {product} lines of code, more than {MAX_PRODUCT}")
     return found
 
 
@@ -145,6 +156,13 @@ def test_config_loads_without_heavy_libraries(module: str):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [], f"{module} loads {done.stdout.strip()}"
+
+
+def test_only_lines_of_code_count(tmp_path: Path):
+    path = tmp_path / "a.py"
+    body = 'def f():\n    """D."""\n    return (\n        x\n    )\n'
+    path.write_text(f'"""Two\n\nlines."""\n\n# a comment\nx = 1  # code\n"""Of x."""\n\n\n{body}')
+    assert code_lines(path) == 5  # x, def, and the return over three lines
 
 
 def long_function(lines: int) -> str:
@@ -184,7 +202,7 @@ def test_too_many_product_lines_are_caught(tmp_path: Path):
     (tmp_path / "recipes").mkdir()
     for number in range(27):
         (tmp_path / "recipes" / f"f{number}.py").write_text("x = 1\n" * 300)
-    assert style_violations(tmp_path) == [".:0: the product has 8100 lines that are not blank, more than 8000"]
+    assert style_violations(tmp_path) == [".:0: the product has 8100 lines of code, more than 8000"]
 
 
 ALLOWED = {
