@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from alignment.evals import TaskInfo
 
 Rows = list[dict[str, Any]]
-ASSUMPTION = "smallest drop: the paired 95% interval leaves out zero when 20% of the items change sides"
+ASSUMPTION = "smallest drop: its interval, 95% for all of them together, leaves out zero when 20% of the items flip"
 
 
 def check(loaded: LoadedRecipe) -> Iterator[RenderableType]:
@@ -208,11 +208,12 @@ def _lengths(
 
 
 def _evals(tasks: Sequence[TaskInfo]) -> Table:
-    from alignment.tax import detectable_drop
+    from recipes.gate import smallest_drops
 
+    drops = smallest_drops({task.name: task.n for task in tasks}, {})
     table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
     for task in tasks:
-        drop = f"{100 * detectable_drop(task.n):.1f} points"
+        drop = f"{100 * drops[task.name]:.1f} points"
         table.add_row(task.name, f"{task.n:,}", f"{task.longest_prompt:,} + {task.max_new_tokens:,} new", drop)
     return table
 
