@@ -11,10 +11,11 @@ import numpy as np
 import yaml
 
 from alignment.metrics import MetricsLog
-from alignment.tax import TaskResult, compare, row_to_json
+from alignment.tax import TaskResult, compare, row_to_json, save_results
 
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 SFT_STEPS, GRPO_STEPS = 400, 350
+GROUPS = {"letters": ("sorting", "reversing")}
 
 
 def fake_run(folder: Path) -> Path:
@@ -40,13 +41,19 @@ def fake_run(folder: Path) -> Path:
                 samples.writelines(_samples(step, rng))
     for name in ("01-sft", "02-grpo"):
         (folder / name / "final").mkdir()
-    (folder / "00-base" / "evals").mkdir(parents=True)
+    checkpoints = [
+        {"step": step, "reward/held_out": 0.4 + step / 1000, "scores": {"addition": 0.36 + step / 2000, "sorting": 0.9}}
+        for step in range(50, GRPO_STEPS, 50)
+    ]
+    (folder / "02-grpo" / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checkpoints))
+    found = {"source": "sft", "task": "sorting", "contaminated": 3, "items": 1000, "rows": [7, 90], "words": "sort b a"}
+    (folder / "contamination.json").write_text(json.dumps([found]))
     return folder
 
 
 def _write_tax(folder: Path, rng: np.random.Generator) -> None:
     labels = [
-        ("model", "sft", (0.0, 0.36), (0.0, 0.93), (0.0, 0.79)),
+        ("base", "sft", (0.0, 0.36), (0.0, 0.93), (0.0, 0.79)),
         ("sft", "grpo", (0.36, 0.53), (0.93, 0.71), (0.79, 0.785)),
     ]
     tables = []
@@ -65,9 +72,30 @@ def _write_tax(folder: Path, rng: np.random.Generator) -> None:
             ]
             for i in (0, 1)
         ]
-        rows = [row_to_json(row) for row in compare(*results)]
+        for name, of_side in zip((before, after), results, strict=True):
+            _write_evals(folder / {"base": "00-base", "sft": "01-sft", "grpo": "02-grpo"}[name] / "evals", of_side)
+        rows = [row_to_json(row) for row in compare(*results, GROUPS)]
         tables.append({"stage": after, "before": before, "after": after, "rows": rows})
     (folder / "tax.json").write_text(json.dumps(tables))
+
+
+def _write_evals(folder: Path, results: list[TaskResult]) -> None:
+    """As `StageFolder.save_evals` writes them, samples of two filters; a later table's side replaces an earlier one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_results(folder / "results.json", results)
+    with (folder / "samples.jsonl").open("w") as file:
+        for result in results:
+            for chosen in ("none", "other"):
+                for item, value in zip(result.items, result.values.tolist(), strict=True):
+                    sample = {
+                        "task": result.task,
+                        "doc_id": int(item),
+                        "target": f"{result.task} {item}",
+                        "arguments": [[f"question {item} of {result.task}", {"until": ["\n"]}]],
+                        "resps": [[f"{'right' if value else 'wrong'} {item} {chosen} in {folder.parent.name}"]],
+                        "filter": chosen,
+                    }
+                    file.write(json.dumps(sample) + "\n")
 
 
 def _write_sft(folder: Path, rng: np.random.Generator) -> None:

@@ -120,13 +120,20 @@ def test_text_of_the_run_is_escaped(run_dir):
         "finish_reason": "length",
     }
     (run_dir / "02-grpo" / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("01-sft", "02-grpo"):
+        samples = run_dir / name / "evals" / "samples.jsonl"
+        samples.write_text(samples.read_text().replace("question", "<img src=q>").replace("right", "<script>"))
+    checkpoint = {"step": 1, "reward/held_out": 0.5, "scores": {attack: 0.5}}
+    (run_dir / "02-grpo" / "evals.jsonl").write_text(json.dumps(checkpoint) + "\n")
+    found = {"source": attack, "task": attack, "contaminated": 3, "items": 9, "rows": [7], "words": attack}
+    (run_dir / "contamination.json").write_text(json.dumps([found]))
     with (run_dir / "02-grpo" / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps({"step": 351, f"reward/{attack}": 0.5, "reward/b": 1.0}) + "\n")
     recipe = (run_dir / "recipe.yaml").read_text()
     (run_dir / "recipe.yaml").write_text(recipe.replace("name: demo\n", f"name: {json.dumps(attack)}\n", 1))
     _, page = render(run_dir)
     assert page.tags.count("script") == 1 and "img" not in page.tags and page.open == []
-    assert f"user: {attack}" in page.text
+    assert f"user: {attack}" in page.text and "<img src=q>" in page.text
 
 
 def test_half_finished_run_says_what_is_missing(run_dir):

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.files import write_text
 from recipes.progress import format_number, format_seconds, step_tokens
-from recipes.report.charts import half_width, stage_charts
+from recipes.report.charts import Chart, checkpoint_charts, half_width, stage_charts
 from recipes.report.data import Run, Stage, read_run, shown_text
 
 
@@ -27,10 +27,15 @@ def write_report(run_dir: Path) -> Path:
     page = environment.get_template("page.html").render(
         run=run,
         facts=_facts(run),
-        stages=[(stage, _stage_facts(stage), *stage_charts(stage.metrics, stage.experts)) for stage in run.stages],
+        stages=[(stage, _stage_facts(stage), *_charts(stage)) for stage in run.stages],
         half_width=half_width,
     )
     return write_text(run_dir / "report.html", page)
+
+
+def _charts(stage: Stage) -> tuple[list[Chart], list[Chart]]:
+    first, more = stage_charts(stage.metrics, stage.experts)
+    return checkpoint_charts(stage.evals) + first, more
 
 
 def _facts(run: Run) -> dict[str, Any]:

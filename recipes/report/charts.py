@@ -75,6 +75,22 @@ def stage_charts(
     return first, [line_chart(key, {key: points[key]}) for key in rest]
 
 
+def checkpoint_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The held-out reward against the benchmarks: one chart if all are shares, else one each. rows: `evals.jsonl`."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        values = {"reward/held-out reward": row.get("reward/held_out")}
+        for name, value in (values | {f"score/{name}": mean for name, mean in row["scores"].items()}).items():
+            if value is not None:
+                found.setdefault(name, []).append((row["step"], value))
+    reward = {name: points for name, points in found.items() if name.startswith("reward/")}
+    scores = {name: points for name, points in found.items() if name not in reward}
+    charts = {"Held-out reward, by checkpoint": reward, "Benchmarks, by checkpoint": scores}
+    if all(0 <= value <= 1 for points in found.values() for _, value in points):
+        charts = {"Reward against benchmarks, by checkpoint": found}
+    return [line_chart(title, chart) for title, chart in charts.items() if chart]
+
+
 def line_chart(title: str, series: Mapping[str, Points]) -> Chart:
     """series: metric -> (step, value) points. Lines are means of neighbouring steps, their range drawn faint behind."""
     binned = {key.split("/", 1)[-1].replace("_", " "): _bin(points) for key, points in series.items()}

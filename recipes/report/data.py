@@ -14,18 +14,18 @@ import numpy as np
 import yaml
 
 from alignment.metrics import read
-from alignment.tax import row_from_json
+from alignment.tax import load_results, row_from_json
 from recipes.resume import StageFolder
 
-SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT = 4, 4, 3000
+SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT, MOST_LOST = 4, 4, 3000, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage of the recipe, begun or not. metrics: one row per step. planned: steps it asks for, if it says so.
 
-    samples: rows of `samples.jsonl`, one list for each prompt that is shown. experts: rows of `experts.jsonl`.
-    finished: whether its weights are there.
+    samples: rows of `samples.jsonl`, one list for each prompt that is shown. experts: rows of `experts.jsonl`. evals:
+    rows of `evals.jsonl`, a checkpoint each. finished: whether its weights are there.
     """
 
     folder: str
@@ -33,6 +33,7 @@ class Stage:
     planned: int | None
     samples: list[list[dict[str, Any]]]
     experts: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
     finished: bool
 
     @property
@@ -42,14 +43,30 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class LostItem:
+    """An item that was answered better before: what was asked, the reference answer, and both completions."""
+
+    benchmark: str
+    prompt: str
+    target: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
-    """A whole run folder; empty where a file is not there yet. tables: those of `tax.json`, their `rows` as TaxRows."""
+    """A whole run folder; empty where a file is not there yet.
+
+    tables: those of `tax.json`, their `rows` as TaxRows, and the items `lost` of benchmarks that got worse.
+    contamination: what `align check` found in the training rows (`recipes.contamination.summary`); None: unknown.
+    """
 
     recipe: Mapping[str, Any]
     recipe_text: str
     versions: Mapping[str, Any]
     tables: list[dict[str, Any]]
     stages: list[Stage]
+    contamination: list[dict[str, Any]] | None
 
 
 def read_run(run_dir: Path) -> Run:
@@ -60,12 +77,16 @@ def read_run(run_dir: Path) -> Run:
             f"{run_dir} is no run folder: it has no recipe.yaml; give the folder that `align run --output` wrote"
         )
     tables = _load(run_dir / "tax.json", json.loads) or []
+    tables = [table | {"rows": [row_from_json(row) for row in table["rows"]]} for table in tables]
+    stages = [_stage(run_dir, number, *next(iter(s.items()))) for number, s in enumerate(recipe["stages"], start=1)]
+    folders = {name.split("-", 1)[1]: run_dir / name for name in ("00-base", *(stage.folder for stage in stages))}
     return Run(
         recipe=recipe,
         recipe_text=(run_dir / "recipe.yaml").read_text(encoding="utf-8"),
         versions=_load(run_dir / "versions.json", json.loads) or {},
-        tables=[table | {"rows": [row_from_json(row) for row in table["rows"]]} for table in tables],
-        stages=[_stage(run_dir, number, *next(iter(s.items()))) for number, s in enumerate(recipe["stages"], start=1)],
+        tables=[table | {"lost": _lost_items(table, folders)} for table in tables],
+        stages=stages,
+        contamination=_load(run_dir / "contamination.json", json.loads),
     )
 
 
@@ -79,9 +100,34 @@ def _load(path: Path, parser: Callable[[str], Any]) -> Any:
 
 def _stage(run_dir: Path, number: int, kind: str, config: Mapping[str, Any]) -> Stage:
     folder = StageFolder(run_dir, number, config.get("name") or kind)
-    files = (folder.metrics, folder.samples, folder.experts)
-    metrics, samples, experts = (read(path) if path.is_file() else [] for path in files)
-    return Stage(folder.path.name, metrics, config.get("steps"), _choose(samples), experts, folder.final.is_dir())
+    files = (folder.metrics, folder.samples, folder.experts, folder.path / "evals.jsonl")
+    metrics, samples, *rest = (read(path) if path.is_file() else [] for path in files)
+    return Stage(folder.path.name, metrics, config.get("steps"), _choose(samples), *rest, folder.final.is_dir())
+
+
+def _lost_items(table: Mapping[str, Any], folders: Mapping[str, Path]) -> list[LostItem]:
+    """Of each benchmark that got worse, the items that lost most, if both evals are there to show them."""
+    worse = {row.benchmark for row in table["rows"] if row.verdict < 0}
+    evals = [folders[name] / "evals" for name in (table["before"], table["after"]) if name in folders]
+    paths = [folder / name for folder in evals for name in ("results.json", "samples.jsonl")]
+    if not worse or len(paths) < 4 or not all(path.is_file() for path in paths):
+        return []
+    lost, samples = [], [read(path) for path in paths[1::2]]
+    for old, new in zip(load_results(paths[0]), load_results(paths[2]), strict=True):
+        changes = (new.values - old.values) * (1 if old.higher_is_better else -1)
+        for item in np.argsort(changes, kind="stable")[:MOST_LOST] if worse & {old.task, old.name} else ():
+            if changes[item] < 0:  # a task's first filter, which its result is of, comes first
+                pair = [[row for row in side if row["task"] == old.task][item] for side in samples]
+                target, answers = str(pair[0]["target"]), map(_answer, pair)
+                lost.append(LostItem(old.task, pair[0]["arguments"][0][0], target, *answers))
+    return lost
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    """The completion, or the choices with their log-likelihoods."""
+    pairs = zip(sample["arguments"], sample["resps"], strict=True)
+    answers = ((arguments[-1], responses[0]) for arguments, responses in pairs)
+    return "\n".join(got if isinstance(got, str) else f"{np.ravel(got)[0]:.2f}  {text}" for text, got in answers)
 
 
 def _choose(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
