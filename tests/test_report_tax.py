@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_fakes import BigramSampler
 from fake_run import fake_run
+from test_evals import CHOICE, GENERATE, LETTERS, run, write_task
 from test_report import render
 
-from alignment.tax import TaskResult, load_results, save_results
+from alignment.tax import TaskResult, compare, load_results, row_to_json, save_results
 from recipes.report.charts import checkpoint_charts
 from recipes.report.data import read_run
+from recipes.resume import StageFolder
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +93,36 @@ def test_eval_items_in_training_rows_are_named(run_dir):
     assert "Eval items in training rows None" in render(run_dir)[1].text
     (run_dir / "contamination.json").unlink()
     assert "Eval items in training rows" not in render(run_dir)[1].text
+
+
+def test_the_samples_that_lm_eval_leaves_are_read(run_dir, tmp_path):
+    """Two policies, one of which answers in upper case: a task of two filters, choices, the likelihood of a text."""
+    take = [{"function": "take_first"}]
+    two = {"filter_list": [{"name": name, "filter": take} for name in ("plain", "again")]}
+    metric = [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}]
+    rolling = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{a}}",
+        "metric_list": metric,
+    }
+    tasks = (
+        write_task(tmp_path, "upper", LETTERS * 3, **GENERATE, **two),
+        write_task(tmp_path, "choice", [{"q": "a", "c": ["b", "c"], "t": 0}] * 9, **CHOICE),
+        write_task(tmp_path, "text", [{"a": "abab"}, {"a": "ab"}], **rolling),
+    )
+    found = [
+        run(BigramSampler(lambda prompt, request: prompt[-2].upper()), tmp_path, *tasks),
+        run(BigramSampler(lambda prompt, request: "no"), tmp_path, *tasks),
+    ]
+    for result in found[1][0][1:]:  # the sampler's own probabilities are fixed: a verdict is made up for the others
+        result.values[:] += 1.0 if result.task == "text" else -1.0
+    for number, name, results in zip((1, 2), ("sft", "grpo"), found, strict=True):
+        StageFolder(run_dir, number, name).save_evals(*results)
+    rows = [row_to_json(row) for row in compare(found[0][0], found[1][0])]
+    (run_dir / "tax.json").write_text(json.dumps([{"stage": "grpo", "before": "sft", "after": "grpo", "rows": rows}]))
+    lost = {item.benchmark: item for item in read_run(run_dir).tables[0]["lost"][::-1]}
+    assert (lost["upper"].prompt, lost["upper"].target) == ("a=", "A")
+    assert (lost["upper"].before, lost["upper"].after) == ("A", "no")
+    assert lost["choice"].before == "-0.69  b\n-1.39  c" and lost["text"].before.endswith("  abab")
+    render(run_dir)
