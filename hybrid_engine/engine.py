@@ -1,7 +1,7 @@
 """The hybrid engine: one policy that is trained in one layout and sampled in another.
 
     driver ──rows──> training ranks (FSDP2, expert parallel)       one process each
-       ^                  │ weights: buckets in the object store, digests, canary
+       ^                  │ weights: buckets (host, CUDA IPC, NCCL), digests, canary
        │                  v
        └──groups── rollout engines (vLLM: whole, TP, TP+EP, DP+EP) one process a rank
 
@@ -27,7 +27,7 @@ from alignment.batch import split_over_ranks
 from alignment.config import StageConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
-from hybrid_engine.hand_over import CANARY_LIMIT, hand_over
+from hybrid_engine.hand_over import CANARY_LIMIT, connect, hand_over
 from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
 from hybrid_engine.layout import misfits, rollout_ranks
 from hybrid_engine.placement import devices, launch, reserve, start_ray
@@ -86,6 +86,7 @@ class HybridEngine:
             for place, replica in zip(self._places, self._replicas.values(), strict=True)
         }
         length = wait_all(joining | starting)[-1]
+        connect(self._ranks, self._replicas, self._places, device, rollout.placement == "split")
         self._sampler = ReplicaSampler(self._replicas, self._places, self._ranks, length)
         self._canary = _canary_prompts(model_dir, length, 2 if self.precision == "float32" else 9)
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from hybrid_engine.health import wait_all
-from hybrid_engine.weight_sync import Sent
+from hybrid_engine.layout import RolloutRank
+from hybrid_engine.transport import Sent, way
 from rollout.weights import canary_error
 
 CANARY_LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
@@ -23,6 +24,18 @@ Actors = Mapping[str, Any]
 
 class CanaryError(RuntimeError):
     """After a hand-over the engine does not compute what the trainer computes."""
+
+
+def connect(training: Actors, rollout: Actors, places: Sequence[RolloutRank], device: str, split: bool) -> None:
+    """Choose, once, the way between every training and every rollout rank, and tell them."""
+    actors = {**training, **rollout}
+    found = dict(zip(actors, wait_all({name: a.address.remote() for name, a in actors.items()}), strict=True))
+    meeting = (*found[places[0].name], len(actors)) if device == "cuda" and split else None
+    calls = {place.name: rollout[place.name].connect.remote(n, device, meeting) for n, place in enumerate(places)}
+    for name, rank in training.items():
+        ways = [(place.rank, way(found[name][0], found[place.name][0], device, split)) for place in places]
+        calls[name] = rank.connect.remote(ways, meeting)
+    wait_all(calls)
 
 
 def hand_over(
@@ -41,6 +54,8 @@ def hand_over(
         publishing = {name: rank.publish.remote(version, bucket) for name, rank in training.items()}
         receiving = {name: rank.receive.remote(first, last, *publishing.values()) for name, rank in rollout.items()}
         sent: list[Sent] = [parcel for parcels in wait_all(publishing) for parcel in parcels]
+        if any(chosen == "nccl" for parcel in sent for chosen, _ in parcel.tickets.values()):
+            receiving |= {name: rank.send.remote() for name, rank in training.items()}
         nbytes += sum(parcel.manifest.nbytes for parcel in sent)
         for rank in () if last else training.values():
             rank.pack.remote(version, bucket + 1)

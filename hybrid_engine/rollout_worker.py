@@ -12,11 +12,10 @@ import numpy as np
 import ray
 
 from hybrid_engine.placement import Worker
-from hybrid_engine.weight_sync import Sent
+from hybrid_engine.transport import Meeting, Sent, join, received
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
 from rollout.types import Completion, FinishReason, Handle, Prompt, Trajectories
-from rollout.weights import Parcel
 
 CANARY_TOP = 20
 """Tokens per canary prompt whose log-probabilities are compared."""
@@ -51,7 +50,7 @@ class RolloutWorker(Worker):
     the same calls; of those with the same requests only the first answers, the others with nothing."""
 
     def __init__(self, rank: int, config: RolloutConfig) -> None:
-        self._rank, self._config, self._answers = rank, config, rank % config.tensor == 0
+        self._config, self._answers = config, rank % config.tensor == 0
         # References inside a yielded value are not safe from Ray's reference counting until all have fetched them
         # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner keeps those of two batches.
         self._published: deque[list[ray.ObjectRef]] = deque(maxlen=2)
@@ -65,11 +64,13 @@ class RolloutWorker(Worker):
         self._engine = VllmEngine(model_dir, self._config, seed=seed, dummy=True, routes=routes)
         return self._engine.max_length
 
+    def connect(self, number: int, device: str, meeting: Meeting | None) -> None:
+        """Learn how weights come. number: this rank's among those of all engines."""
+        self._number, self._device, self._nccl = number, None if device == "cpu" else device, join(meeting, number)
+
     def receive(self, first: bool, last: bool, *published: list[Sent]) -> None:
         """Take a bucket of weights in, verified: what every training rank sends to this one."""
-        mine = [sent for parcels in published for sent in parcels if sent.receiver in (None, self._rank)]
-        buffers = ray.get([sent.buffer for sent in mine])
-        parcels = [Parcel(sent.manifest, buffer) for sent, buffer in zip(mine, buffers, strict=True)]
+        parcels = received(published, self._number, self._device, self._nccl)
         self._engine.update_weights(parcels, first=first, last=last)
 
     def canary(self, prompts: Sequence[np.ndarray]) -> list[dict[int, float]]:

@@ -23,7 +23,8 @@ from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_fina
 from hybrid_engine.loading import load_model
 from hybrid_engine.placement import Worker
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
-from hybrid_engine.weight_sync import Receiver, Sent, WeightPacker
+from hybrid_engine.transport import Meeting, Sender, Sent, Way, join
+from hybrid_engine.weight_sync import Receiver, WeightPacker
 from rollout.config import RolloutConfig
 from rollout.types import Handle
 from rollout.weights import Parcel
@@ -52,6 +53,11 @@ class TrainWorker(Worker):
         dist.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
         self._background = dist.new_group(backend="gloo")  # checkpoints are written while training goes on
         self._meshes = make_meshes(self._config, self._device.type)
+
+    def connect(self, ways: Sequence[tuple[int, Way]], meeting: Meeting | None) -> None:
+        """Learn how weights get to the rollout ranks (as `Sender` wants it)."""
+        group = join(meeting, len(ways) + self._rank)
+        self._sender = Sender(ways, None if self._device.type == "cpu" else self._device, group)
 
     def load(
         self,
@@ -118,14 +124,18 @@ class TrainWorker(Worker):
     def pack(self, version: int, bucket: int) -> None:
         """Pack this rank's part of a bucket, to be published next."""
         assert self._packer is not None, "load() comes first"
-        self._packed = (version, bucket), self._packer.pack(version, bucket)
+        room = self._sender.room(self._packer.nbytes)
+        self._packed = (version, bucket), self._packer.pack(version, bucket, room)
 
     def publish(self, version: int, bucket: int) -> list[Sent]:
-        """Put a bucket, packed ahead or now, into the object store: a copy, the next one can be packed meanwhile."""
+        """Offer a bucket, packed ahead or now: the next one can be packed meanwhile, none after it."""
         if self._packed is None or self._packed[0] != (version, bucket):
             self.pack(version, bucket)
-        _, parcels = self._packed
-        return [Sent(key, parcel.manifest, ray.put(parcel.buffer)) for key, parcel in parcels.items()]
+        return self._sender.publish(self._packed[1])
+
+    def send(self) -> None:
+        """Send what was published last, where it goes over NCCL."""
+        self._sender.send()
 
     def canary(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V].

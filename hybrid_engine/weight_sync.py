@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -17,23 +16,13 @@ from transformers import PreTrainedModel
 
 from hybrid_engine.views import View, checkpoint_views, intersect, local_block
 from rollout.config import RolloutConfig
-from rollout.weights import TORCH_DTYPES, Parcel, Piece, WeightManifest, digest, piece_view
+from rollout.weights import ALIGNMENT, TORCH_DTYPES, Parcel, Piece, WeightManifest, device_digests, digest, piece_view
 
 MEBIBYTE = 2**20
-ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.")
 
 Receiver = int | None
 """The rank of every rollout engine that takes a parcel; None: all of them do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A parcel on its way to a rollout rank: the manifest, and Ray's reference to the buffer (uint8)."""
-
-    receiver: Receiver
-    manifest: WeightManifest
-    buffer: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +46,9 @@ class WeightPacker:
     Of ranks that hold the same, the first sends it. With expert parallelism in the rollout an expert goes only to the
     rank that holds it.
 
-    `buckets`: their number, the same on every rank. Every pack overwrites the buffers of the one before. Raises
-    ValueError when a checkpoint tensor is no view of one training tensor (then the model's layout differs from its
-    checkpoint's by more than splitting and transposing).
+    `buckets`: their number, the same on every rank; `nbytes`: what the largest takes. Every pack overwrites the buffers
+    of the one before, unless it gets a `room` of its own. Raises ValueError when a checkpoint tensor is no view of one
+    training tensor (then the model's layout differs from its checkpoint's by more than splitting and transposing).
     """
 
     def __init__(self, model: PreTrainedModel, rollout: RolloutConfig) -> None:
@@ -85,15 +74,17 @@ class WeightPacker:
                     bucket.setdefault(receiver, []).append(move)
             self._buckets.append(bucket)
         self.buckets = len(self._buckets)
-        self._buffer = np.zeros(max(sum(map(_end, bucket.values())) for bucket in self._buckets), np.uint8)
+        self.nbytes = max(sum(map(_end, bucket.values())) for bucket in self._buckets)
+        self._buffer = np.zeros(self.nbytes, np.uint8)  # where nothing is written, it takes no memory
 
     @torch.no_grad()
-    def pack(self, version: int, bucket: int = 0) -> dict[Receiver, Parcel]:
-        """This rank's parcels of a bucket, with the weights as they are now."""
+    def pack(self, version: int, bucket: int = 0, room: torch.Tensor | None = None) -> dict[Receiver, Parcel]:
+        """This rank's parcels of a bucket, with the weights as they are now. room: device memory, uint8 [nbytes]."""
+        buffer = self._buffer if room is None else room
         blocks = {name: local_block(tensor)[0] for name, tensor in self._sources.items()}
         parcels, start = {}, 0
         for receiver, moves in self._buckets[bucket].items():
-            parcels[receiver] = _fill(self._buffer[start:], version, moves, blocks)
+            parcels[receiver] = _fill(buffer[start : start + _end(moves)], version, moves, blocks)
             start += _end(moves)
         return parcels
 
@@ -111,15 +102,16 @@ class WeightPacker:
         return Move(name, block, view.order, Piece(view.name, dtype, view.shape, start, size, end, nbytes))
 
 
-def _fill(buffer: np.ndarray, version: int, moves: list[Move], blocks: Mapping[str, torch.Tensor]) -> Parcel:
-    digests: dict[str, str] = {}
+def _fill(room: np.ndarray | torch.Tensor, version: int, moves: list[Move], blocks: dict[str, torch.Tensor]) -> Parcel:
+    on_host, digests = isinstance(room, np.ndarray), {}
     for move in moves:
-        target = piece_view(buffer, move.piece).permute(move.order)
+        target = piece_view(room, move.piece).permute(move.order)
         target.copy_(blocks[move.source][move.block].reshape(target.shape))
-        # Here and not afterwards: the bytes are still in the cache.
-        digests[move.piece.name] = digest(buffer[move.piece.offset : move.piece.offset + move.piece.nbytes])
-    manifest = WeightManifest(version, tuple(move.piece for move in moves), digests)
-    return Parcel(manifest, buffer[: manifest.nbytes])
+        if on_host:  # here and not afterwards: the bytes are still in the cache
+            digests[move.piece.name] = digest(room[move.piece.offset : move.piece.offset + move.piece.nbytes])
+    pieces = tuple(move.piece for move in moves)
+    manifest = WeightManifest(version, pieces, digests if on_host else device_digests(room, pieces))
+    return Parcel(manifest, room[: manifest.nbytes] if on_host else room)
 
 
 def _end(moves: list[Move]) -> int:

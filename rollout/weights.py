@@ -10,6 +10,9 @@ import numpy as np
 import torch
 import xxhash
 
+ALIGNMENT = 64  # bytes: a cache line, enough for every vector load, and a line of `device_digests`
+LINES = 2**17  # that it works on at a time: what it needs meanwhile stays in a device's cache
+
 
 class HandoverError(RuntimeError):
     """Weights did not arrive as they left; the message begins with the name of the check that failed."""
@@ -48,10 +51,10 @@ class WeightManifest:
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A manifest and its buffer (uint8 [bytes])."""
+    """A manifest and its buffer (uint8 [bytes]); where a device packed it a tensor, of whole lines of ALIGNMENT."""
 
     manifest: WeightManifest
-    buffer: np.ndarray
+    buffer: np.ndarray | torch.Tensor
 
 
 def digest(data: np.ndarray) -> str:
@@ -59,9 +62,30 @@ def digest(data: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def piece_view(buffer: np.ndarray, piece: Piece) -> torch.Tensor:
+def device_digests(buffer: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, str]:
+    """Digest of each piece's lines, computed where they lie: every 4 bytes times an odd number of their own, summed mod
+    2^64 (multilinear hashing, arXiv:1202.4961), in a line and then over lines; so the place in the buffer counts."""
+    words = buffer.view(torch.int32).view(-1, ALIGNMENT // 4)
+    sums = torch.zeros(len(words) + 1, dtype=torch.int64, device=buffer.device)
+    for first in range(0, len(words), LINES):
+        part = words[first : first + LINES]
+        in_lines = (part * _odd(-words.shape[1], words.shape[1], buffer.device)).sum(1)
+        sums[first + 1 : first + 1 + len(part)] = in_lines * _odd(first, len(part), buffer.device)
+    sums.cumsum_(0)
+    lines = [(piece.offset // ALIGNMENT, -(-(piece.offset + piece.nbytes) // ALIGNMENT)) for piece in pieces]
+    found = sums[torch.tensor(lines, device=buffer.device)].diff()[:, 0].tolist()
+    return {piece.name: str(value) for piece, value in zip(pieces, found, strict=True)}
+
+
+def _odd(first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Odd 64-bit numbers that look random, the same on every device: int64 [count]."""
+    mixed = torch.arange(first, first + count, device=device) * -7046029254386353131
+    return (mixed ^ (mixed >> 29)) * -4658895280553007687 | 1
+
+
+def piece_view(buffer: np.ndarray | torch.Tensor, piece: Piece) -> torch.Tensor:
     """A piece as a tensor of its own size: nothing is copied."""
-    flat = torch.from_numpy(buffer[piece.offset : piece.offset + piece.nbytes])
+    flat = torch.as_tensor(buffer[piece.offset : piece.offset + piece.nbytes])
     return flat.view(TORCH_DTYPES[piece.dtype]).view(piece.size)
 
 
@@ -71,6 +95,9 @@ def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, torch.Tensor
     Raises HandoverError with the name of the check that failed: duplicate, digest, shards.
     """
     pieces: dict[str, list[tuple[Piece, Parcel]]] = {}
+    arrived = {
+        id(p): device_digests(p.buffer, p.manifest.pieces) for p in parcels if isinstance(p.buffer, torch.Tensor)
+    }
     for parcel in parcels:
         for piece in parcel.manifest.pieces:
             pieces.setdefault(piece.name, []).append((piece, parcel))
@@ -78,15 +105,16 @@ def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, torch.Tensor
         if len({piece.start for piece, _ in found}) < len(found):
             raise HandoverError(f"duplicate: a piece of tensor {name} arrived twice")
         for piece, parcel in found:
-            if digest(parcel.buffer[piece.offset : piece.offset + piece.nbytes]) != parcel.manifest.digests[name]:
+            known, span = arrived.get(id(parcel)), slice(piece.offset, piece.offset + piece.nbytes)
+            if (known[name] if known else digest(parcel.buffer[span])) != parcel.manifest.digests[name]:
                 raise HandoverError(f"digest: tensor {name} differs from what left the trainer")
         first = found[0][0]
-        arrived, needed = sum(prod(piece.size) for piece, _ in found), prod(first.shape)
-        if arrived != needed:
-            raise HandoverError(f"shards: of tensor {name} only {arrived:,} of {needed:,} elements arrived")
+        count, needed = sum(prod(piece.size) for piece, _ in found), prod(first.shape)
+        if count != needed:
+            raise HandoverError(f"shards: of tensor {name} only {count:,} of {needed:,} elements arrived")
         whole = piece_view(found[0][1].buffer, first)
         if len(found) > 1:
-            whole = torch.empty(first.shape, dtype=whole.dtype)
+            whole = torch.empty(first.shape, dtype=whole.dtype, device=whole.device)
             for piece, parcel in found:
                 block = tuple(slice(start, start + size) for start, size in zip(piece.start, piece.size, strict=True))
                 whole[block] = piece_view(parcel.buffer, piece)

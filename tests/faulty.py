@@ -10,7 +10,7 @@ import ray
 
 from hybrid_engine.rollout_worker import RolloutWorker
 from hybrid_engine.train_worker import TrainWorker
-from hybrid_engine.weight_sync import Sent
+from hybrid_engine.transport import Sent
 from rollout.weights import Parcel, Piece, WeightManifest, digest
 
 
@@ -67,14 +67,14 @@ class PlantedEngine(RolloutWorker):
 
     def receive(self, first, last, published):
         (sent,), fault = published, self.__dict__.get("_fault")
-        manifest, buffer = sent.manifest, ray.get(sent.buffer)
+        manifest, buffer = sent.manifest, ray.get(sent.tickets[0][1])
         if fault == "lose_tensor":
             manifest = WeightManifest(manifest.version, manifest.pieces[1:], manifest.digests)
         if fault == "old_tensor":
             piece, buffer = manifest.pieces[0], buffer.copy()
             buffer[span(piece)] = self._buffer[span(piece)]
         self._buffer = buffer
-        return super().receive(first, last, [Sent(None, manifest, ray.put(buffer))])
+        return super().receive(first, last, [Sent(manifest, {0: ("host", ray.put(buffer))})])
 
 
 class Sleeper:

@@ -1,4 +1,4 @@
-"""Weights into the live engine through vLLM's own weight-transfer interface, from flat host buffers, checked."""
+"""Weights into the live engine through vLLM's own weight-transfer interface, from flat buffers, checked."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rollout.vllm import faults
 from rollout.weights import HandoverError, Parcel, whole_tensors
 
-BACKEND = "host_buffer"
+BACKEND = "parcels"
 
 
 @dataclass
-class HostBufferInit(WeightTransferInitInfo):
+class ParcelInit(WeightTransferInitInfo):
     """Nothing to agree on: sender and receiver share a process."""
 
 
 @dataclass
-class HostBufferUpdate(WeightTransferUpdateInfo):
+class ParcelUpdate(WeightTransferUpdateInfo):
     """A bucket of a hand-over. parcels: what every training rank sends of its tensors. last: the hand-over is whole."""
 
     parcels: Sequence[Parcel]
     last: bool
 
 
-class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
+class ParcelEngine(WeightTransferEngine[ParcelInit, ParcelUpdate]):
     """Receives the model's tensors bucket by bucket, under their checkpoint names, and reloads layer by layer."""
 
-    init_info_cls = HostBufferInit
-    update_info_cls = HostBufferUpdate
+    init_info_cls = ParcelInit
+    update_info_cls = ParcelUpdate
 
-    def init_transfer_engine(self, init_info: HostBufferInit) -> None:
+    def init_transfer_engine(self, init_info: ParcelInit) -> None:
         """Nothing to connect."""
 
     def start_weight_update(self) -> None:
@@ -60,7 +60,7 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: HostBufferUpdate) -> None:
+    def receive_weights(self, update_info: ParcelUpdate) -> None:
         """Load a bucket's tensors. Raises HandoverError with the name of the check that failed.
 
         After an error the engine's layers are whole again, but hold a mixture: only a complete hand-over mends them.
@@ -85,7 +85,7 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
     @staticmethod
     def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
         """vLLM before 0.32 asks for it; the trainer hands over a buffer and sends nothing."""
-        raise TypeError("a host buffer is handed over by VllmEngine.update_weights; nothing is sent")
+        raise TypeError("a parcel is handed over by VllmEngine.update_weights; nothing is sent")
 
     def _load(self, parcels: Sequence[Parcel], last: bool) -> None:
         self._versions |= {parcel.manifest.version for parcel in parcels}
@@ -110,4 +110,4 @@ class HostBufferEngine(WeightTransferEngine[HostBufferInit, HostBufferUpdate]):
             raise HandoverError(f"coverage: parameter {missing[0]} got no weights, or not all ({len(missing)} in all)")
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, HostBufferEngine)
+WeightTransferEngineFactory.register_engine(BACKEND, ParcelEngine)
