@@ -122,33 +122,33 @@ class OptimizerConfig(Config):
 
 
 class StageConfig(OptimizerConfig):
-    """What every policy stage has."""
+    """What every stage has."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_\-]*$")
-    """Name of the stage; its kind (`sft`, `grpo`) by default."""
+    """Name of the stage; its kind (`sft`, `reward_model`, ...) by default."""
     from_: str | None = Field(None, alias="from")
     """Stage whose final weights this one starts from (default: the last policy stage, else the model)."""
     capacity: float | None = Field(None, gt=0)
     """Drop tokens above this share of a device's mean load in training (paper: 1.0); needs `train.balance.devices`."""
+    keep: Literal["stop", "rollback", "warn"] = "stop"
+    """A broken limit of `evals.keep`: end the run with exit code 3, go back to what keeps it, or only say so."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints from which the run can resume; the newest is kept until the stage has ended."""
 
 
-class SFTConfig(StageConfig):
-    """Supervised fine-tuning on prompt/completion rows or chat messages."""
+class DatasetStageConfig(StageConfig):
+    """What a stage has that trains on a dataset."""
 
     data: DataConfig
-    """Rows with `prompt` and `completion`, or `messages`, in TRL's formats."""
+    """Its rows, in TRL's formats."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the data; exactly one of `epochs` and `steps`."""
     steps: int | None = Field(None, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(32, ge=1)
-    """Sequences of one optimiser step, over all ranks."""
+    """Rows of one optimiser step, over all ranks."""
     max_length: int = Field(1024, ge=2)
-    """Longer rows are cut at this many tokens, and counted."""
-    completion_only: bool = True
-    """Loss on completions (assistant turns) alone, not on prompts."""
+    """Most tokens: longer SFT rows are cut, longer rows of a reward model left out; both are counted."""
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps of the stage on a dataset of `rows` rows."""
@@ -163,25 +163,69 @@ class SFTConfig(StageConfig):
         return self
 
 
-class GRPOConfig(StageConfig):
-    """Online GRPO (DeepSeek-V2, eq. 32-34)."""
+class SFTConfig(DatasetStageConfig):
+    """Supervised fine-tuning on `prompt` and `completion`, or on chat `messages`."""
+
+    completion_only: bool = True
+    """Loss on completions (assistant turns) alone, not on prompts."""
+
+
+class RewardModelConfig(DatasetStageConfig):
+    """A reward model: the policy with one score in place of its next-token logits."""
+
+    loss: Literal["pairwise", "pointwise"] = "pairwise"
+    """On `chosen`, `rejected` (Bradley-Terry), or the `label` or `score` of a completion (logistic if all are 0, 1)."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the prompts kept for measuring accuracy and calibration at the end."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """A row without an answer, or whose two sides are equal: end the run, or leave the row out and count it."""
+
+
+class RolloutStageConfig(StageConfig):
+    """What a stage has that samples and scores completions."""
 
     prompts: DataConfig
     """Rows with `prompt`; their other columns go to the reward functions."""
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
-    """Reward functions, summed with their weights."""
-    steps: int = Field(ge=1)
-    """Batches to sample; each gives `updates_per_batch` optimiser steps."""
+    """Reward functions and models, summed with their weights."""
     prompts_per_step: int = Field(32, ge=1)
     """Prompts of one batch."""
     completions: int = Field(8, ge=2)
     """Completions per prompt: the group size G."""
-    updates_per_batch: int = Field(1, ge=1)
-    """Optimiser steps per batch; must divide `prompts_per_step`."""
     max_new_tokens: int = Field(256, ge=1)
     """Length limit of a completion."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the trainer's logits are divided by it too."""
+
+    @model_validator(mode="after")
+    def _rewards_have_names(self) -> Self:
+        names = [reward.label for reward in self.rewards]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two rewards are called `{twice[0]}`: give each its own `name`")
+        taken = sorted({"mean", "std", "masked"} & set(names))
+        if taken:
+            raise ValueError(f"a reward cannot be called `{taken[0]}`, a metric of the batch: give it another `name`")
+        return self
+
+
+class SampleConfig(RolloutStageConfig):
+    """Completions of every prompt, scored and written as rows and as preference pairs; nothing is trained."""
+
+    @model_validator(mode="after")
+    def _trains_nothing(self) -> Self:
+        if unused := sorted(self.model_fields_set & (StageConfig.model_fields.keys() - {"name", "from_"})):
+            raise ValueError(f"a `sample` stage trains nothing: remove `{unused[0]}`")
+        return self
+
+
+class GRPOConfig(RolloutStageConfig):
+    """Online GRPO (DeepSeek-V2, eq. 32-34)."""
+
+    steps: int = Field(ge=1)
+    """Batches to sample; each gives `updates_per_batch` optimiser steps."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimiser steps per batch; must divide `prompts_per_step`."""
     clip: Epsilon | tuple[Epsilon, Annotated[float, Field(gt=0)]] = 0.2
     """epsilon of the clipped ratio; [lower, upper] where they differ (DAPO's clip-higher)."""
     kl: float = Field(0.0, ge=0)
@@ -192,6 +236,8 @@ class GRPOConfig(StageConfig):
     """Loss per token of the whole batch (TRL's dapo) or mean per completion first (TRL's grpo)."""
     scale_advantages: bool = True
     """Divide advantages by the group's standard deviation (eq. 34); False subtracts the mean alone."""
+    held_out: float = Field(0.0, ge=0, lt=1)
+    """Share of the prompts that is not trained on; at most 128 of them measure the reward before, within and after."""
     truncated: Literal["train", "mask", "zero"] = "train"
     """Completions cut at the length limit: train on them, mask them out of the loss, or reward them 0."""
     mismatch_limit: float | None = Field(None, gt=0)
@@ -214,24 +260,32 @@ class GRPOConfig(StageConfig):
             raise ValueError("the bounds in `correction` must be [low, high] with 0 <= low < high")
         if self.reference is not None and self.kl == 0:
             raise ValueError("`reference` has no effect while `kl` is 0")
-        names = [reward.label for reward in self.rewards]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two rewards are called `{twice[0]}`: give each its own `name`")
-        taken = sorted({"mean", "std", "masked"} & set(names))
-        if taken:
-            raise ValueError(f"a reward cannot be called `{taken[0]}`, a metric of the batch: give it another `name`")
         return self
 
 
 class EvalConfig(Config):
     """Benchmarks, measured before the first and after every policy stage."""
 
-    tasks: tuple[str, ...] = ()
-    """lm-eval task names, or task YAML files (read from the recipe's folder)."""
+    tasks: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
+    """lm-eval task names, or YAML files (from the recipe's folder); {reasoning: [...], ...} puts them in groups."""
+    keep: dict[str, float] = Field(default_factory=dict)
+    """Benchmark or group -> the least difference that a stage may make to it, e.g. {bbh: -0.02}."""
+    during: dict[Literal["every", "items"], Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Evals within a stage too, e.g. {every: 50, items: 100}: every 50 steps on the first 100 items of each task."""
     limit: int | None = Field(None, gt=0)
     """Use only the first N items of each task."""
     chat_template: bool = False
     """Wrap each item in the tokenizer's chat template."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Replaces the tasks' own `max_gen_toks`."""
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Group -> its tasks; "" where the recipe names none."""
+        return self.tasks if isinstance(self.tasks, dict) else {"": self.tasks}
+
+    @model_validator(mode="after")
+    def _during_has_a_period(self) -> Self:
+        if self.during and "every" not in self.during:
+            raise ValueError("`during` needs `every`, the steps between two evals")
+        return self

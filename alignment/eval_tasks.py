@@ -35,7 +35,7 @@ def load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: 
     not do.
     """
     tasks: dict[str, Task] = {}
-    for spec in config.tasks:
+    for group, spec in ((group, spec) for group, specs in config.groups.items() for spec in specs):
         if spec.endswith((".yaml", ".yml")):
             found = _file_tasks(base_dir / spec, data_dir)
         elif spec in _manager().task_index:
@@ -44,6 +44,8 @@ def load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: 
             raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _manager().all_tasks)}")
         if twice := sorted(tasks.keys() & found.keys()):
             raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
+        for task in found.values():
+            task.config.metadata = {**(task.config.metadata or {}), "group": group}
         tasks |= found
     for name, task in tasks.items():
         _prepare(name, task, config, seed)

@@ -51,6 +51,7 @@ class TaskInfo:
     max_new_tokens: int
     longest_prompt: int
     texts: tuple[tuple[str, str], ...]
+    group: str = ""
 
 
 def check_tasks(
@@ -79,7 +80,7 @@ def check_tasks(
             docs = {instance.doc_id: instance.doc for instance in task.instances}
             longest = max(len(context) + len(rest) for context, rest, _ in asked)
             texts = tuple(_texts(task, doc) for doc in docs.values())
-            infos.append(TaskInfo(name, len(docs), max(new for *_, new in asked), longest, texts))
+            infos.append(TaskInfo(name, len(docs), max(new for *_, new in asked), longest, texts, group(task)))
     return infos
 
 
@@ -139,6 +140,11 @@ def _tasks(
         np.random.set_state(states[1])
 
 
+def group(task: Task) -> str:
+    """The recipe's group of a loaded task."""
+    return task.config.metadata["group"]
+
+
 def _number(metric: str, value: Any) -> float | None:
     """The value that one item has by itself; None where only a whole task has one (a corpus's F1 or perplexity)."""
     if metric == "bits_per_byte":
@@ -162,4 +168,5 @@ def _result(name: str, task: Task, samples: Sequence[Mapping[str, Any]]) -> Task
         higher_is_better=task.higher_is_better().get(metric, True),
         items=tuple(f"{name}:{row['doc_id']}:{row['doc_hash'][:12]}" for row in rows),
         values=np.array([_number(metric, row[metric]) for row in rows], np.float64),
+        group=group(task),
     )

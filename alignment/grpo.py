@@ -4,50 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 
 from alignment.batch import group_advantages, grpo_minibatches, rewards_PG
 from alignment.config import GRPOConfig
 from alignment.losses import Correction, grpo_loss
-from alignment.protocols import Engine, Policy, TrainRow
+from alignment.protocols import Engine, Policy, Step, TrainRow
 from alignment.schedule import learning_rate
 from rewards.base import Scorer
 from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Group, Prompt
 
+Normalize = Callable[[list[Group]], list[Group]]
+"""The scored groups of a batch with their rewards on one scale (`rewards.normalize`)."""
+
 
 class MismatchError(RuntimeError):
     """The sampler's log-probabilities and the trainer's are too far apart to train on."""
 
 
-@dataclass(frozen=True, slots=True)
-class GRPOStep:
-    """What a finished step leaves: its metrics and its scored groups. `step` counts from 1."""
-
-    step: int
-    metrics: dict[str, float]
-    groups: list[Group]
-
-
 def grpo(
-    engine: Engine, prompts: Stream[Prompt], config: GRPOConfig, sampling: Sampling, scorer: Scorer, first: int
-) -> Iterator[GRPOStep]:
+    engine: Engine,
+    prompts: Stream[Prompt],
+    config: GRPOConfig,
+    sampling: Sampling,
+    scorer: Scorer,
+    first: int,
+    normalize: Normalize = list,
+) -> Iterator[Step]:
     """Run steps first..config.steps (from 1), one a `next()`; a checkpoint between two steps resumes exactly."""
     batches = ((step, next(prompts)) for step in range(first, config.steps + 1))
-    for step, groups in enumerate(engine.rollouts(batches, sampling, scorer), first):
-        yield GRPOStep(step, grpo_step(engine, groups, config, step), groups)
+    for step, groups in enumerate(map(normalize, engine.rollouts(batches, sampling, scorer)), first):
+        yield Step(step, grpo_step(engine, groups, config, step), groups)
 
 
 def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int) -> dict[str, float]:
     """Advantages within each group, then the clipped update(s) on them."""
     minibatches = grpo_minibatches(groups, config)
     if not any(minibatches):  # no group has signal: a counted step without an update
-        return rollout_metrics(groups, config) | _merge_updates([])
+        return rollout_metrics(groups, config.truncated) | _merge_updates([])
     loss = partial(grpo_loss, clip=config.clip_range, kl=config.kl, correction=_correction(config))
     if config.kl > 0:
         with engine.phase("reference") as policy:
@@ -66,7 +66,7 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
             if rows:
                 check_mismatch(update, config, engine.precision, step)
             updates.append(update | {"learning_rate": rate})
-    return rollout_metrics(groups, config) | _merge_updates(updates)
+    return rollout_metrics(groups, config.truncated) | _merge_updates(updates)
 
 
 def _correction(config: GRPOConfig) -> Correction | None:
@@ -93,9 +93,9 @@ def check_mismatch(metrics: dict[str, float], config: GRPOConfig, dtype: str, st
         )
 
 
-def rollout_metrics(groups: list[Group], config: GRPOConfig) -> dict[str, float]:
+def rollout_metrics(groups: list[Group], truncated: str = "train") -> dict[str, float]:
     """Rewards and lengths of a batch: what was sampled, before any update."""
-    rewards = rewards_PG(groups, config.truncated)
+    rewards = rewards_PG(groups, truncated)
     lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
     signal = (group_advantages(rewards, scale=False) != 0).any(axis=1)
     metrics = {
@@ -113,10 +113,20 @@ def rollout_metrics(groups: list[Group], config: GRPOConfig) -> dict[str, float]
         part = np.stack([group.scores.parts[name] for group in groups])
         metrics[f"reward/{name}"] = _mean(part)
         metrics[f"reward/{name}/std"] = float(np.nanstd(part)) if not np.isnan(part).all() else float("nan")
+    known = {name: np.concatenate([group.scores.parts[name] for group in groups]) for name in groups[0].scores.parts}
+    for (a, left), (b, right) in combinations([*known.items(), ("length", lengths.astype(float).ravel())], 2):
+        metrics[f"correlation/{a},{b}"] = _correlation(left, right)
     logged = [group.scores.extra for group in groups]
     for name in dict.fromkeys(name for extra in logged for name, value in extra.items() if isinstance(value, float)):
         metrics[f"logged/{name}"] = float(np.mean([extra[name] for extra in logged if name in extra]))
     return metrics
+
+
+def _correlation(left: np.ndarray, right: np.ndarray) -> float:
+    """Pearson's, where both have a value; NaN where one of them does not vary."""
+    both = ~(np.isnan(left) | np.isnan(right))
+    varies = both.any() and np.ptp(left[both]) > 0 < np.ptp(right[both])
+    return float(np.corrcoef(left[both], right[both])[0, 1]) if varies else float("nan")
 
 
 def _mean(values: np.ndarray) -> float:

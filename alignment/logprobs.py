@@ -34,6 +34,13 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
     return TokenLogprobs(logprobs_M[edges_C], entropies_M[edges_C])
 
 
+def token_scores(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> TokenLogprobs:
+    """As `token_logprobs`, of a reward model: the score at the node before each loss-carrying token, no entropy."""
+    scores_M = tree_logits(model, batch, batch.sources)[:, 0].float()
+    scores_C = scores_M[torch.from_numpy(batch.edges).to(model.device)]
+    return TokenLogprobs(scores_C, torch.zeros_like(scores_C.detach()))
+
+
 def tree_logits(model: PreTrainedModel, batch: MicroBatch, sources: np.ndarray) -> torch.Tensor:
     """Logits [M, V] at the nodes `sources` [M] int64. With no sources: [0, V], which still hangs on the graph."""
     device = model.device

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from alignment.protocols import LossInputs, LossOutputs
 
@@ -13,6 +14,29 @@ from alignment.protocols import LossInputs, LossOutputs
 def sft_loss(inputs: LossInputs) -> LossOutputs:
     """Negative log-likelihood: -sum_c w_c log p_c."""
     return LossOutputs(loss=-(inputs.weights * inputs.logprobs).sum(), sums={})
+
+
+CENTERING = 0.01
+"""Coefficient of a pair's squared sum of scores, TRL's recommendation; it keeps their mean at 0."""
+
+
+def pairwise_loss(inputs: LossInputs, centering: float = CENTERING) -> LossOutputs:
+    """Bradley-Terry: -log sigmoid(s_chosen - s_rejected - margin), and `centering` times (s_chosen + s_rejected)^2
+    (Eisenstein et al. 2023). The rows come in pairs, the chosen one first; its advantage is the margin."""
+    order = inputs.rows.argsort()
+    scores_P2, margins_P = inputs.logprobs[order].view(-1, 2), inputs.advantages[order].view(-1, 2)[:, 0]
+    weights_P, difference_P = inputs.weights[order].view(-1, 2)[:, 0], scores_P2[:, 0] - scores_P2[:, 1]
+    losses_P = centering * scores_P2.sum(1).square() - F.logsigmoid(difference_P - margins_P)
+    found = {"accuracy": difference_P > 0, "margin": difference_P, "score": scores_P2.mean(1)}
+    return LossOutputs((weights_P * losses_P).sum(), {k: (weights_P * v).sum().detach() for k, v in found.items()})
+
+
+def pointwise_loss(inputs: LossInputs, binary: bool) -> LossOutputs:
+    """Binary cross-entropy of the score as a logit, or its squared error; the advantage is the label or the target."""
+    loss = F.binary_cross_entropy_with_logits if binary else F.mse_loss
+    losses_C = loss(inputs.logprobs, inputs.advantages, reduction="none")
+    score = (inputs.weights * inputs.logprobs).sum().detach()
+    return LossOutputs((inputs.weights * losses_C).sum(), {"score": score})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
@@ -96,6 +97,54 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def make_reward_model(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
+    """Give a causal LM one score in place of its next-token logits, on the device that it is on (`meta` included).
+
+    Returns the new weight [1, H] by its name, with spread 1 / sqrt(H + 1) (Stiennon et al. 2020, appendix C). The
+    configuration must say `tie_word_embeddings=False` from the start.
+    """
+    name, width = _head(model), model.config.get_text_config().hidden_size
+    model.set_output_embeddings(torch.nn.Linear(width, 1, bias=False, device=model.device, dtype=torch.float32))
+    weight = torch.empty(1, width).normal_(0, (width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+    return {name: weight}
+
+
+def as_classifier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, torch.Tensor]
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The empty `AutoModelForSequenceClassification`, and its tensors, that a reward model is saved as."""
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    with torch.device("meta"):
+        shell = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    return shell, {"score.weight" if key == _head(model) else key: tensor for key, tensor in state.items()}
+
+
+def check_classifier(path: str, base_dir: Path) -> str:
+    """Where the sequence classifier in `path` (read from `base_dir`) or on the hub lies, if it gives one score.
+
+    Raises ValueError where there is none, or it has several outputs.
+    """
+    source = model_source(ModelConfig(path=path), base_dir)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model in {source}: {error}") from error
+    kinds = config.architectures or ["of an unknown kind"]
+    if config.num_labels != 1 or "SequenceClassification" not in kinds[0]:
+        raise ValueError(
+            f"{source} is {kinds[0]}, {config.num_labels} outputs; a reward is a sequence classifier with one "
+            "(`num_labels: 1`)"
+        )
+    return source
+
+
+def _head(model: PreTrainedModel) -> str:
+    """Name of the output layer's weight."""
+    head = model.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+
+
 def save_model_dir(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -108,11 +157,12 @@ def save_model_dir(
     model's own. On disk every expert has its own tensors, as in DeepSeek's checkpoints. The directory appears whole or
     not at all.
     """
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id not in ends:
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():  # not a reward model
+        ends = model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        if tokenizer.eos_token_id not in ends:
+            model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     with atomic_directory(out_dir) as folder:
         model.save_pretrained(folder, state_dict=None if state is None else dict(state))
         tokenizer.save_pretrained(folder)

@@ -57,6 +57,7 @@ class RankPolicy:
     clip_grad_norm: clips all gradients of the policy to a norm and returns the norm before.
     last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
     after_forward: called after a forward pass without a backward pass.
+    outputs: what a micro-batch's tokens get: log-probabilities, or a reward model's scores.
     routing: replays the sampler's experts, or compares them with the trainer's own; None where that is not asked for.
     """
 
@@ -66,6 +67,7 @@ class RankPolicy:
     clip_grad_norm: Callable[[float], float]
     last_micro_batch: Callable[[bool], None]
     after_forward: Callable[[], None]
+    outputs: Callable[[PreTrainedModel, MicroBatch, float], TokenLogprobs] = token_logprobs
     routing: Routing | None = None
     _sums: dict[str, float] = field(default_factory=dict)
     _balance: torch.Tensor | None = None
@@ -158,7 +160,7 @@ class RankPolicy:
     def _compute(self, batch: MicroBatch, temperature: float, *, training: bool = False) -> TokenLogprobs:
         if self.routing is not None:
             self.routing.start(batch, self.model.device, training=training)
-        return token_logprobs(self.model, batch, temperature)
+        return self.outputs(self.model, batch, temperature)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())

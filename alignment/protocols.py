@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from rewards.base import Scorer
@@ -17,14 +18,23 @@ Phase = Literal["generate", "score", "reference", "train"]
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """What a finished step of a stage leaves. step: from 1. groups: scored completions, where the stage samples."""
+
+    step: int
+    metrics: dict[str, float]
+    groups: Sequence[Group] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainRow:
     """One sequence to train on, as the driver knows it.
 
     trajectory: a `Handle`; the rank that gets the row resolves it.
     group: rows of the same group share prefixes and go to the same rank.
     length: tokens of the sequence, for balancing.
-    advantage: A_i (eq. 34); 1.0 in SFT. weight: factor of each of its tokens in the loss; all
-    normalisation is in here, once (the loss is a plain sum).
+    advantage: A_i (eq. 34); 1.0 in SFT; of a reward model the target, as `Judged.targets`.
+    weight: factor of each of its tokens in the loss; all normalisation is in here, once (the loss is a plain sum).
     old_logprobs, reference_logprobs: handles to float32 [tokens], or None (on-policy; no KL).
     """
 
@@ -41,7 +51,7 @@ class TrainRow:
 class LossInputs:
     """Every loss-carrying token of a micro-batch, flat: all tensors [C], C tokens.
 
-    logprobs: log p of each token under the weights in training (carries the gradient).
+    logprobs: log p of each token under the weights in training (carries the gradient); of a reward model its score.
     old_logprobs: under the weights that sampled them, by the trainer's forward (logprobs detached when on-policy).
     reference_logprobs: under the reference, or None. advantages, weights: of the token's row.
     sampler_logprobs: as the sampler reported them (NaN where nothing was sampled). rows: int64, the token's row.
@@ -77,6 +87,9 @@ class Policy(Protocol):
 
     def logprobs(self, rows: Sequence[TrainRow], *, temperature: float, reference: bool = False) -> list[Handle]:
         """Handles to float32 [tokens] of each row's loss-carrying tokens."""
+
+    def scores(self, rows: Sequence[TrainRow]) -> np.ndarray:
+        """A reward model's score of each row: float32 [rows]."""
 
 
 class Engine(Protocol):

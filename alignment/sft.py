@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from alignment.config import SFTConfig
 from alignment.losses import sft_loss
-from alignment.protocols import Engine, TrainRow
+from alignment.protocols import Engine, Step, TrainRow
 from alignment.schedule import learning_rate
 from rollout.prompts import Stream
 from rollout.types import Handle, Trajectory
 
 
-@dataclass(frozen=True, slots=True)
-class SFTStep:
-    """What a finished step leaves. `step` counts from 1."""
-
-    step: int
-    metrics: dict[str, float]
-
-
-def sft(engine: Engine, rows: Stream[Trajectory], config: SFTConfig, steps: int, first: int) -> Iterator[SFTStep]:
+def sft(engine: Engine, rows: Stream[Trajectory], config: SFTConfig, steps: int, first: int) -> Iterator[Step]:
     """Run steps first..steps (from 1), one a `next()`; a checkpoint between two steps resumes exactly."""
     for step in range(first, steps + 1):
-        yield SFTStep(step, sft_step(engine, next(rows), config, step, steps))
+        yield Step(step, sft_step(engine, next(rows), config, step, steps))
 
 
 def sft_step(engine: Engine, batch: Sequence[Trajectory], config: SFTConfig, step: int, steps: int) -> dict[str, float]:

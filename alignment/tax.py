@@ -29,6 +29,7 @@ class TaskResult:
     higher_is_better: bool
     items: tuple[str, ...]
     values: np.ndarray
+    group: str = ""
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.items),) or not self.items:
@@ -115,7 +116,7 @@ def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95) -> tup
 def compare(
     before: Sequence[TaskResult], after: Sequence[TaskResult], groups: Mapping[str, Sequence[str]] | None = None
 ) -> list[TaxRow]:
-    """One row per benchmark, in the order of `before`, then one per group (name -> benchmarks).
+    """One row per benchmark, in the order of `before`, then one per group (name -> benchmarks; default: the results').
 
     Right/wrong items get Tango's score interval, all others a paired bootstrap. The m rows' intervals hold together
     with 95%: each has the confidence 1 - 0.05 / m (Bonferroni), so that a change without effect raises an alarm in any
@@ -128,11 +129,15 @@ def compare(
             f"the evals are of different benchmarks: {[r.name for r in before]} before, {[r.name for r in after]} "
             "after; compare results of the same recipe's evals"
         )
-    tasks, together = [r.task for r in before], len(before) + len(groups or {})
+    tasks = [r.task for r in before]
     names = [r.task if tasks.count(r.task) == 1 else r.name for r in before]
+    if groups is None:
+        found = dict.fromkeys(r.group for r in before if r.group)
+        groups = {g: [name for name, r in zip(names, before, strict=True) if r.group == g] for g in found}
+    together = len(before) + len(groups)
     rows = [_row(b, a, name, together) for b, a, name in zip(before, after, names, strict=True)]
     variances = {row.benchmark: _variance(b, a) for row, b, a in zip(rows, before, after, strict=True)}
-    return rows + [_group_row(name, members, rows, variances) for name, members in (groups or {}).items()]
+    return rows + [_group_row(name, members, rows, variances) for name, members in groups.items()]
 
 
 def _group_row(name: str, members: Sequence[str], rows: Sequence[TaxRow], variances: Mapping[str, float]) -> TaxRow:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment.files import atomic_directory, unfinished
-from alignment.model import save_model_dir
+from alignment.model import as_classifier, save_model_dir
 
 
 def step_dir(checkpoints: Path, step: int) -> Path:
@@ -106,6 +106,8 @@ def save_final(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     generation config and tokenizer. Atomic, and a collective over all ranks."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
+        if model.get_output_embeddings().out_features == 1:  # a reward model
+            model, state = as_classifier(model, tokenizer, state)
         save_model_dir(model, tokenizer, path, state)
     dist.barrier()
 

@@ -31,10 +31,12 @@ from hybrid_engine.hand_over import CANARY_LIMIT, connect, hand_over
 from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
 from hybrid_engine.layout import misfits, rollout_ranks
 from hybrid_engine.placement import devices, launch, reserve, start_ray
+from hybrid_engine.reward_worker import ModelReward, RewardWorker
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
 from hybrid_engine.sampler import ReplicaSampler
 from hybrid_engine.train_worker import TrainWorker
 from rewards.base import Scorer
+from rewards.config import RewardConfig
 from rollout.config import RolloutConfig
 from rollout.sampler import Sampling
 from rollout.types import Group, Handle, Prompt, Scores
@@ -55,6 +57,8 @@ class HybridEngine:
         self._ranks: dict[str, Any] = {}
         self._replicas: dict[str, Any] = {}
         self._group: PlacementGroup | None = None
+        self._judges: list[ModelReward] = []
+        self._device = installed().device
         model = AutoConfig.from_pretrained(model_dir).get_text_config().to_dict()
         for section, key, problem in misfits(train, rollout, model):
             raise ValueError(f"{section}.{key}: {problem}")
@@ -66,7 +70,7 @@ class HybridEngine:
             raise
 
     def _start(self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, seed: int) -> None:
-        self._places, device = rollout_ranks(rollout), installed().device
+        self._places, device = rollout_ranks(rollout), self._device
         training, sampling = devices(train, rollout)
         group = self._group = reserve(len({*training, *sampling})) if device == "cuda" else None
         share = 1.0 if rollout.placement == "split" else 0.5
@@ -95,6 +99,7 @@ class HybridEngine:
     def load(self, model_dir: Path, tokenizer_dir: Path, stage: StageConfig, reference_dir: Path | None = None) -> None:
         """Begin a stage from the weights in `model_dir`, with a new optimiser."""
         rollout = self._rollout_config
+        self._judges.clear()
         self._buckets = self._call_ranks(
             lambda rank: rank.load.remote(model_dir, tokenizer_dir, stage, rollout, reference_dir)
         )[0]
@@ -138,9 +143,22 @@ class HybridEngine:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[HybridEngine]:
-        """Time a phase. Everything stays resident: on one host the parts fit side by side."""
+        """Time a phase. On CUDA reward models are on the devices while it is their turn; all else stays resident."""
         with self._timed(name):
+            for judge in self._judges if name == "score" else ():
+                judge.allow()
             yield self
+            for judge in self._judges if name == "score" and self._device == "cuda" else ():
+                judge.release()
+
+    def reward_model(self, config: RewardConfig, path: str) -> ModelReward:
+        """Start an actor with the classifier in `path`; whoever scores with it closes it."""
+        arguments = path, self._device, self._train_config.tokens_per_rank
+        judge = ModelReward(config, launch(RewardWorker, arguments, 1, {}, self._group, 0, 0.0))
+        if self._device == "cpu":
+            judge.allow()
+        self._judges.append(judge)
+        return judge
 
     def rollouts(
         self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: Scorer
@@ -211,6 +229,12 @@ class HybridEngine:
         for part, handles in zip(parts, results, strict=True):
             placed |= zip(part, handles, strict=True)
         return [placed[i] for i in range(len(rows))]
+
+    def scores(self, rows: Sequence[TrainRow]) -> np.ndarray:
+        """A reward model's score of each row: float32 [rows]."""
+        handles = self.logprobs(rows, temperature=1.0)
+        found = {handle.ref: ray.get(handle.ref) for handle in handles}
+        return np.concatenate([found[handle.ref][handle.index] for handle in handles])
 
     def take_metrics(self) -> dict[str, float]:
         """`time/*` seconds and `handover/*` since the last call."""

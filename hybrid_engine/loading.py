@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -14,23 +16,30 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from alignment.attention import TREE_ATTENTION
 from alignment.config import TrainConfig
+from alignment.model import make_reward_model
 from hybrid_engine.sharding import Meshes, shard_model
-from hybrid_engine.views import checkpoint_views, intersect, local_block
+from hybrid_engine.views import View, checkpoint_views, intersect, local_block
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Stored types that hold a weight as it is; the others (fp8, int8) need scales that lie in other tensors."""
 
 
-def load_model(path: str | Path, train: TrainConfig, meshes: Meshes, device: torch.device) -> PreTrainedModel:
+def load_model(
+    path: str | Path, train: TrainConfig, meshes: Meshes, device: torch.device, score_seed: int | None = None
+) -> PreTrainedModel:
     """The model of a Transformers directory (or hub name) in float32, laid over the ranks, in `eval` mode.
 
     Its experts run as `grouped_mm`, or as `eager` where torch lacks it: Transformers' choice.
-    `layout.misfits` comes first. Raises ValueError for weights that are missing, of another shape, quantised, or not in
-    safetensors.
+    score_seed: makes it a reward model, with a new head from this seed. `layout.misfits` comes first. Raises ValueError
+    for weights that are missing, of another shape, quantised, or not in safetensors.
     """
-    config = AutoConfig.from_pretrained(path)
+    config, fresh = AutoConfig.from_pretrained(path), {}
+    if score_seed is not None:
+        config.tie_word_embeddings = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=TREE_ATTENTION)
+        if score_seed is not None:
+            fresh = make_reward_model(model, score_seed)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shard_model(
         model.eval(),
@@ -44,14 +53,17 @@ def load_model(path: str | Path, train: TrainConfig, meshes: Meshes, device: tor
         buffer.copy_(buffers[name])
     if cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
         model.generation_config = GenerationConfig.from_pretrained(path)
-    fill(model, path)
+    fill(model, path, fresh)
     return model
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, path: str | Path) -> None:
-    """Read each rank's part of every weight, in place; `model` may be sharded in any way. Raises ValueError."""
-    tied = model.all_tied_weights_keys
+def fill(model: PreTrainedModel, path: str | Path, fresh: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Read each rank's part of every weight, in place; `model` may be sharded in any way. Raises ValueError.
+
+    fresh: whole weights that are not in the files, by name.
+    """
+    tied, fresh = model.all_tied_weights_keys, fresh or {}
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
     files = checkpoint_files(path)
     with ExitStack() as stack:
@@ -59,20 +71,26 @@ def fill(model: PreTrainedModel, path: str | Path) -> None:
         for name, views in checkpoint_views(model, tensors).items():
             local, offset = local_block(tensors[name])
             for view in views:
-                if view.name not in files:
-                    raise ValueError(f"{path}: weight {view.name} is missing, and maybe others")
-                stored = opened[files[view.name]].get_slice(view.name)
-                if tuple(stored.get_shape()) != view.shape:
-                    raise ValueError(f"{path}: weight {view.name} is {stored.get_shape()}, the model's {view.shape}")
-                if stored.get_dtype() not in PLAIN:
-                    raise ValueError(
-                        f"{path}: weight {view.name} is stored as {stored.get_dtype()}; only {', '.join(PLAIN)} can be "
-                        "trained: convert the checkpoint to bfloat16 first"
-                    )
+                stored = fresh[view.name] if view.name in fresh else _stored(opened, files, view, path)
                 overlap = intersect(view, tensors[name].shape, offset, local.shape)
                 if overlap is not None:
                     block, part = overlap
                     local[block].copy_(stored[part].permute(view.order).reshape(local[block].shape))
+
+
+def _stored(opened: Mapping[str, Any], files: Mapping[str, str], view: View, path: str | Path) -> Any:
+    """The checkpoint tensor of a view, still in its file; ValueError where it is not what the view needs."""
+    if view.name not in files:
+        raise ValueError(f"{path}: weight {view.name} is missing, and maybe others")
+    stored = opened[files[view.name]].get_slice(view.name)
+    if tuple(stored.get_shape()) != view.shape:
+        raise ValueError(f"{path}: weight {view.name} is {stored.get_shape()}, the model's {view.shape}")
+    if stored.get_dtype() not in PLAIN:
+        raise ValueError(
+            f"{path}: weight {view.name} is stored as {stored.get_dtype()}; only {', '.join(PLAIN)} can be "
+            "trained: convert the checkpoint to bfloat16 first"
+        )
+    return stored
 
 
 def checkpoint_files(path: str | Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from alignment.config import StageConfig, TrainConfig
+from alignment.config import RewardModelConfig, StageConfig, TrainConfig
+from alignment.logprobs import token_logprobs, token_scores
 from alignment.policy import RankPolicy, RankRow, UpdateStats
 from alignment.protocols import Loss, TrainRow
 from alignment.routing import make_routing
@@ -68,7 +70,7 @@ class TrainWorker(Worker):
         reference_dir: Path | None,
     ) -> int:
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
-        Returns the number of buckets of a hand-over."""
+        Returns the number of buckets of a hand-over, none of a reward model."""
         self._packer = self._packed = self._reference = self._policy = None
         self._policy = self._build(model_dir, stage)
         self._policy.routing = make_routing(self._policy.model, self._config, stage.capacity)
@@ -76,11 +78,15 @@ class TrainWorker(Worker):
             self._reference = self._build(reference_dir, stage)
             self._reference.model.requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        if isinstance(stage, RewardModelConfig):
+            return 0
         self._packer = WeightPacker(self._policy.model, rollout)
         return self._packer.buckets
 
     def _build(self, model_dir: Path, config: StageConfig) -> RankPolicy:
-        model = load_model(model_dir, self._config, self._meshes, self._device)
+        judges = isinstance(config, RewardModelConfig)
+        score_seed = zlib.crc32(config.name.encode()) if judges else None
+        model = load_model(model_dir, self._config, self._meshes, self._device, score_seed)
         optimizer = torch.optim.AdamW(
             [{"params": group} for group in parameter_groups(model)],
             lr=config.learning_rate,
@@ -94,6 +100,7 @@ class TrainWorker(Worker):
             clip_grad_norm=lambda norm: clip_grad_norm(model.parameters(), norm),
             last_micro_batch=partial(last_micro_batch, model),
             after_forward=partial(reshard, model),
+            outputs=token_scores if judges else token_logprobs,
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -15,31 +15,43 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.config import SFTConfig
 from alignment.files import atomic_directory
-from alignment.grpo import GRPOStep, grpo
-from alignment.model import build_model, load_tokenizer, model_config, model_source, save_model_dir
-from alignment.sft import SFTStep, sft
+from alignment.grpo import grpo
+from alignment.held_out import HeldOut
+from alignment.metrics import read
+from alignment.model import build_model, check_classifier, load_tokenizer, model_config, model_source, save_model_dir
+from alignment.protocols import Step
+from alignment.reward_data import judged_fingerprint, make_judged_rows
+from alignment.reward_model import reward_model
+from alignment.sample import sample
+from alignment.sft import sft
 from alignment.sft_data import make_sft_rows
 from hybrid_engine.checkpoint import latest_checkpoint
 from hybrid_engine.engine import HybridEngine
 from recipes.data import stage_rows
 from recipes.resume import RunFolder, StageFolder
-from recipes.schema import Recipe
+from recipes.schema import Recipe, Stage
+from rewards.config import RewardConfig
+from rewards.normalize import RewardNormalizer
 from rewards.pool import RewardPool
 from rollout.data import row_texts
-from rollout.prompts import Stream, check_lengths, make_prompts
+from rollout.prompts import Stream, check_lengths, is_held_out, make_prompts
 from rollout.sampler import Sampling
+
+MOST_HELD_OUT = 128
+"""Prompts on which a GRPO stage's held-out reward is measured, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What every stage of a run shares. start: the model directory of the first stage. rows: each stage's dataset."""
+    """What every stage of a run shares. start: the model directory of the first stage. rows: each stage's dataset, by
+    its name, but for those that a stage is yet to sample."""
 
     recipe: Recipe
     folder: RunFolder
     console: Console
     tokenizer: PreTrainedTokenizerBase
     start: Path
-    rows: tuple[list[dict[str, Any]], ...]
+    rows: dict[str, list[dict[str, Any]]]
     engine: HybridEngine
 
 
@@ -48,12 +60,12 @@ def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: 
 
     A model from scratch and its tokenizer are made once and then kept in the run folder.
     """
-    rows = tuple(stage_rows(recipe, stage) for stage in recipe.stages)
+    rows = {stage.name: stage_rows(recipe, stage) for stage in recipe.stages if stage.data.from_ is None}
     if folder.tokenizer.is_dir():
         kept = recipe.model.model_copy(update={"path": str(folder.tokenizer), "init": None})
         tokenizer = load_tokenizer(kept, recipe.folder, ())
     else:
-        tokenizer = load_tokenizer(recipe.model, recipe.folder, row_texts(chain.from_iterable(rows)))
+        tokenizer = load_tokenizer(recipe.model, recipe.folder, row_texts(chain.from_iterable(rows.values())))
         with atomic_directory(folder.tokenizer) as new:
             tokenizer.save_pretrained(new)
     source = model_source(recipe.model, recipe.folder)
@@ -66,37 +78,100 @@ def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: 
     return Run(recipe, folder, console, tokenizer, start, rows, engine)
 
 
-def build_steps(
-    run: Run, index: int, folder: StageFolder, stack: ExitStack
-) -> tuple[Stream[Any], Iterator[SFTStep | GRPOStep], int, int]:
-    """The stage's data, its steps from the newest checkpoint on, how many are done, and how many there are in all.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A stage's steps still to do, in order: those after `first`, up to `total`. state: what a checkpoint between two
+    steps needs besides the policy, as plain values."""
+
+    steps: Iterator[Step]
+    first: int
+    total: int
+    state: Callable[[], dict[str, Any]]
+    held_out: HeldOut | None = None
+
+
+def build_steps(run: Run, stage: Stage, folder: StageFolder, stack: ExitStack) -> Work:
+    """The stage's steps, from its newest checkpoint on.
 
     Raises ValueError for a prompt that leaves no room for a completion, and for data that are not the checkpoint's.
     """
-    recipe, stage = run.recipe, run.recipe.stages[index]
-    config, rows, source = stage.config, run.rows[index], stage.source
-    seed = recipe.seed * 1_000_003 + zlib.crc32(stage.name.encode())  # stages draw different numbers
+    config, rows = stage.config, run.rows.get(stage.name)
+    if rows is None:  # an earlier stage has sampled them by now
+        rows = stage_rows(run.recipe, stage, run.folder.stage(run.recipe.named(stage.data.from_)).final)
+    if stage.rollout is not None:
+        return _rollout_steps(run, stage, rows, folder, stack)
     if isinstance(config, SFTConfig):
-        trajectories, counts = make_sft_rows(rows, run.tokenizer, config, source)
-        run.console.print(f"{stage.name}: {', '.join(f'{value:,} {name}' for name, value in counts.items())}")
-        stream, total = Stream(trajectories, config.batch_size, seed), config.total_steps(counts["kept"])
-        first = _resume(run, folder, stream)
-        return stream, sft(run.engine, stream, config, total, first + 1), first, total
-    prompts = make_prompts(rows, run.tokenizer, source)
-    check_lengths(prompts, recipe.rollout.max_length, config.max_new_tokens, source)
+        items, counts = make_sft_rows(rows, run.tokenizer, config, stage.source)
+        stream = Stream(items, config.batch_size, _seed(run, stage))
+    else:
+        items, held_out, counts = make_judged_rows(rows, run.tokenizer, config, stage.source)
+        seed = _seed(run, stage)
+        stream = Stream(items, config.batch_size, seed, judged_fingerprint(items, seed))
+    run.console.print(f"{stage.name}: {', '.join(f'{value:,} {name}' for name, value in counts.items())}")
+    total, first = config.total_steps(len(items)), _resume(run, folder, stream)
+    if isinstance(config, SFTConfig):
+        steps = sft(run.engine, stream, config, total, first + 1)
+    else:
+        steps = reward_model(run.engine, stream, held_out, config, total, first + 1)
+    return Work(steps, first, total, lambda: {"stream": stream.state()})
+
+
+def _rollout_steps(run: Run, stage: Stage, rows: list[dict[str, Any]], folder: StageFolder, stack: ExitStack) -> Work:
+    recipe, config, seed = run.recipe, stage.rollout, _seed(run, stage)
+    prompts = make_prompts(rows, run.tokenizer, stage.source)
+    check_lengths(prompts, recipe.rollout.max_length, config.max_new_tokens, stage.source)
+    share = stage.grpo.held_out if stage.grpo else 0.0
+    held_out = list({str(p.text): p for p in prompts if is_held_out(p.text, share)}.values())[:MOST_HELD_OUT]
+    prompts = [p for p in prompts if not is_held_out(p.text, share)]
+    if not prompts or (share and not held_out):
+        raise ValueError(
+            f"{stage.source}: `held_out: {share:g}` leaves {len(prompts)} prompts and {len(held_out)} held out"
+        )
     stream = Stream(prompts, config.prompts_per_step, seed)
-    scorer = stack.enter_context(RewardPool(config.rewards, recipe.folder, config.steps))
+    total = -(-len(prompts) // config.prompts_per_step) if stage.grpo is None else stage.grpo.steps
+    models = {r.label: run.engine.reward_model(r, _classifier(run, r)) for r in config.rewards if r.function is None}
+    scorer = stack.enter_context(RewardPool(config.rewards, recipe.folder, total, models))
+    fixed = {r.label: _held_out_scale(run, r) for r in config.rewards if r.normalize == "held_out"}
+    normalize = RewardNormalizer(config.rewards, fixed)
     sampling = Sampling(config.completions, config.max_new_tokens, config.temperature, seed)
-    first = _resume(run, folder, stream)
-    return stream, grpo(run.engine, stream, config, sampling, scorer, first + 1), first, config.steps
+    if stage.grpo is None:  # its weights stay as they are, and its rows are in a file: no checkpoints
+        first = len(read(folder.metrics)) if folder.metrics.is_file() else 0
+        for _ in range(first):
+            next(stream)
+        steps = sample(run.engine, stream, sampling, scorer, normalize, first + 1)
+        return Work(steps, first, total, dict)
+    first = _resume(run, folder, stream, normalize)
+    steps = grpo(run.engine, stream, stage.grpo, sampling, scorer, first + 1, normalize)
+    measure = HeldOut(run.engine, held_out, sampling, scorer, config.rewards, fixed, folder.held_out) if share else None
+    return Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": normalize.state()}, measure)
 
 
-def _resume(run: Run, folder: StageFolder, stream: Stream[Any]) -> int:
+def _seed(run: Run, stage: Stage) -> int:
+    """Stages draw different numbers."""
+    return run.recipe.seed * 1_000_003 + zlib.crc32(stage.name.encode())
+
+
+def _classifier(run: Run, reward: RewardConfig) -> str:
+    """Where the model of a reward lies."""
+    if reward.model is not None:
+        return str(run.folder.stage(run.recipe.named(reward.model)).final)
+    return check_classifier(reward.path, run.recipe.folder)
+
+
+def _held_out_scale(run: Run, reward: RewardConfig) -> tuple[float, float]:
+    """Mean and spread of the scores that a reward model gave its held-out rows."""
+    last = read(run.folder.stage(run.recipe.named(reward.model)).metrics)[-1]
+    return last["held_out/score"], last["held_out/score_std"]
+
+
+def _resume(run: Run, folder: StageFolder, stream: Stream[Any], normalize: RewardNormalizer | None = None) -> int:
     """Restore the newest checkpoint, if there is one; the number of steps that are done."""
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         return 0
     extra = run.engine.load_checkpoint(checkpoint)
     stream.restore(extra["stream"])
+    if normalize is not None:
+        normalize.restore(extra["rewards"])
     run.console.print(f"continuing after step {extra['step']} ({checkpoint.name})")
     return extra["step"]

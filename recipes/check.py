@@ -37,15 +37,16 @@ Rows = list[dict[str, Any]]
 ASSUMPTION = "smallest drop: its interval, 95% for all of them together, leaves out zero when 20% of the items flip"
 
 
-def check(loaded: LoadedRecipe) -> Iterator[RenderableType]:
+def check(loaded: LoadedRecipe, contaminated: list[dict[str, Any]] | None = None) -> Iterator[RenderableType]:
     """Check a recipe part by part and yield what a person should see of each.
 
-    Raises RecipeError with every problem of the first part that has any.
+    contaminated: gets a line for each eval whose items stand in training rows. Raises RecipeError
+    with every problem of the first part that has any.
     """
     rows = check_files(loaded)
     yield from plan(loaded.recipe, rows)
     check_versions()
-    yield from check_libraries(loaded, rows)
+    yield from check_libraries(loaded, rows, [] if contaminated is None else contaminated)
 
 
 def check_files(loaded: LoadedRecipe) -> dict[int, Rows]:
@@ -68,10 +69,12 @@ def check_files(loaded: LoadedRecipe) -> dict[int, Rows]:
     return rows
 
 
-def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows]) -> Iterator[RenderableType]:
+def check_libraries(
+    loaded: LoadedRecipe, rows: Mapping[int, Rows], contaminated: list[dict[str, Any]]
+) -> Iterator[RenderableType]:
     """Check the data, tokenizer, rewards and eval tasks with the libraries that read them; no model is loaded.
 
-    rows: what `check_files` has read. Raises RecipeError.
+    rows: what `check_files` has read. contaminated: gets what `contamination` finds. Raises RecipeError.
     """
     recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
     for index, stage in enumerate(recipe.stages):
@@ -96,7 +99,9 @@ def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows]) -> Iterator[
 
             length = recipe.rollout.max_length
             tasks = check_tasks(recipe.evals, recipe.folder, length, tokenizer, recipe.seed, recipe.data_folder)
-            tables += [_evals(tasks), _contamination(contamination(recipe, found, tasks))]
+            lines = contamination(recipe, found, tasks)
+            contaminated.extend(lines)
+            tables += [*_evals(recipe, tasks, problems), _contamination(lines)]
     problems.stop()
     yield from tables
 
@@ -133,9 +138,10 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         yield ("model", "chat_template"), recipe.model.chat_template
     if recipe.data_dir is not None:
         yield ("data_dir",), recipe.data_dir
-    for index, task in enumerate(recipe.evals.tasks):
-        if task.endswith((".yaml", ".yml")):
-            yield ("evals", "tasks", index), task
+    for group, tasks in recipe.evals.groups.items():
+        for index, task in enumerate(tasks):
+            if task.endswith((".yaml", ".yml")):
+                yield ("evals", "tasks", *filter(None, [group]), index), task
 
 
 def _load(recipe: Recipe, index: int, rows: dict[int, Rows], problems: _Problems) -> None:
@@ -207,15 +213,21 @@ def _lengths(
     return table
 
 
-def _evals(tasks: Sequence[TaskInfo]) -> Table:
-    from recipes.gate import smallest_drops
+def _evals(recipe: Recipe, tasks: Sequence[TaskInfo], problems: _Problems) -> Iterator[RenderableType]:
+    """What the evals ask, and what they can see; a limit that they cannot see is a warning."""
+    from recipes.gate import smallest_drops, undetectable, unknown_limits
 
-    drops = smallest_drops({task.name: task.n for task in tasks}, {})
+    names = dict.fromkeys(task.group for task in tasks if task.group)
+    groups = {name: [task.name for task in tasks if task.group == name] for name in names}
+    drops, keep = smallest_drops({task.name: task.n for task in tasks}, groups), recipe.evals.keep
+    for problem in (unknown := unknown_limits(keep, drops)):
+        problems.add(("evals", "keep"), problem)
     table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
     for task in tasks:
         drop = f"{100 * drops[task.name]:.1f} points"
         table.add_row(task.name, f"{task.n:,}", f"{task.longest_prompt:,} + {task.max_new_tokens:,} new", drop)
-    return table
+    yield table
+    yield from (Text(line, style="yellow") for line in ([] if unknown else undetectable(keep, drops)))
 
 
 def contamination(recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo]) -> list[dict[str, Any]]:

@@ -8,19 +8,22 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from recipes.errors import RecipeError, shorten
+from recipes.resume import GateError
 from recipes.schema import LoadedRecipe, json_schema, load_recipe
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: done. 1: the run failed. 2: the recipe or the command line is wrong. 130: interrupted.
+    0: done. 1: the run failed. 2: the recipe or the command line is wrong. 3: a stage broke a limit of `evals.keep` and
+    stops the run. 130: interrupted.
     """
     args = _parser().parse_args(argv)
     try:
@@ -49,12 +52,16 @@ def _run(args: argparse.Namespace) -> int:
     loaded = load_recipe(args.recipe, args.overrides)
     output = args.output or Path("runs") / loaded.recipe.name
     try:
-        _print_check(loaded)
+        contaminated = _print_check(loaded)
         from recipes.stages import run
 
-        print(run(loaded.recipe, output, accept_changes=args.accept_changes, ray_address=args.ray))
+        how = {"accept_changes": args.accept_changes, "ray_address": args.ray, "contaminated": contaminated}
+        print(run(loaded.recipe, output, **how))
     except RecipeError:
         raise
+    except GateError as error:
+        print(f"align: {error}", file=sys.stderr)
+        return GATE
     except Exception as error:
         output.mkdir(parents=True, exist_ok=True)
         log = output / "align.log"
@@ -65,12 +72,14 @@ def _run(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _print_check(loaded: LoadedRecipe) -> None:
+def _print_check(loaded: LoadedRecipe) -> list[dict[str, Any]]:
+    """The contaminated evals that it finds."""
     from recipes.check import check
 
-    console = Console()
-    for section in check(loaded):
+    console, contaminated = Console(), []
+    for section in check(loaded, contaminated):
         console.print(section)
+    return contaminated
 
 
 def describe(error: BaseException) -> str:

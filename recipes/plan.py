@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from alignment.config import GRPOConfig, SFTConfig
+from alignment.config import DatasetStageConfig, GRPOConfig, SampleConfig
 from recipes.schema import Recipe
 
 
@@ -20,13 +20,13 @@ def plan(recipe: Recipe, rows: Mapping[int, Sequence[Any]]) -> Iterator[Table]:
         table = Table(show_header=False, title=f"{index + 1}. {stage.name} ({stage.kind})", title_justify="left")
         table.add_row("starts from", start.name if start else model)
         table.add_row("data", stage.source + ("" if known is None else f", {len(known):,} rows"))
-        arithmetic = _grpo if stage.grpo else _sft
+        arithmetic = {"grpo": _grpo, "sample": _sample}.get(stage.kind, _dataset)
         for name, text in arithmetic(recipe, stage.config, known and len(known)):
             table.add_row(name, text)
         yield table
 
 
-def _sft(recipe: Recipe, config: SFTConfig, rows: int | None) -> Iterator[tuple[str, str]]:
+def _dataset(recipe: Recipe, config: DatasetStageConfig, rows: int | None) -> Iterator[tuple[str, str]]:
     if rows is not None:
         steps = config.total_steps(rows)
         yield "steps", f"{steps:,}, {steps * config.batch_size / rows:.2f} epochs"
@@ -43,6 +43,13 @@ def _grpo(recipe: Recipe, config: GRPOConfig, rows: int | None) -> Iterator[tupl
     yield "per step", f"{prompts:,} prompts x {completions:,} completions = {prompts * completions:,} sequences"
     yield "updates", f"{updates:,} per step, of {prompts // updates * completions:,} sequences each"
     yield "tokens", _tokens(recipe, prompts, updates, completions * longest)
+    yield "lengths", f"prompt {longest - new:,} + new {new:,} = {longest:,} at most"
+
+
+def _sample(recipe: Recipe, config: SampleConfig, rows: int | None) -> Iterator[tuple[str, str]]:
+    if rows is not None:
+        yield "completions", f"{rows * config.completions:,}, {config.completions:,} of each prompt"
+    new, longest = config.max_new_tokens, recipe.rollout.max_length
     yield "lengths", f"prompt {longest - new:,} + new {new:,} = {longest:,} at most"
 
 

@@ -19,8 +19,10 @@ from recipes.versions import versions
 class StageFolder:
     """`NN-name/` of one stage (00-base: the policy before the first).
 
-    experts: each step's load of every expert. final: a Transformers directory, there when the stage is done. results:
-    of the evals after it, by item; there when they are complete.
+    experts: each step's load of every expert. rows: what a `sample` stage has so far. final: a Transformers directory,
+    or what the stage sampled; there when it is done. results: of the evals after it, by item; there when they are
+    complete. evals: those within the stage. held_out: its reward on held-out prompts. breached: the evals that made it
+    go back, to the step in rolled_back.
     """
 
     def __init__(self, run_dir: Path, number: int, name: str) -> None:
@@ -29,9 +31,18 @@ class StageFolder:
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.experts = path / "experts.jsonl"
+        self.rows = path / "rows.jsonl"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.results = path / "evals" / "results.json"
+        self.evals = path / "evals.jsonl"
+        self.held_out = path / "held_out.json"
+        self.breached = path / "evals-breached"
+        self.rolled_back = path / "rolled_back"
+
+    def candidate(self, step: int) -> Path:
+        """The weights after an eval within the stage, to which it may have to go back."""
+        return self.path / "candidates" / f"step-{step:08d}"
 
     def save_evals(self, results: list[TaskResult], samples: list[dict[str, Any]]) -> None:
         """Every sample first, the results last: they say that the evals are complete."""
@@ -44,6 +55,10 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a .jsonl file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_lines(rows))
+
+
+class GateError(RuntimeError):
+    """A stage broke a limit of `evals.keep` (exit code 3)."""
 
 
 class RunFolder:
@@ -76,13 +91,20 @@ class RunFolder:
     def is_done(self, stage: Stage) -> bool:
         """Whether its weights are there and, if there are evals, its table: the last thing that a stage writes."""
         written = any(table["stage"] == stage.name for table in self._tables())
-        return self.stage(stage).final.is_dir() and (written or not self.recipe.evals.tasks)
+        return self.stage(stage).final.is_dir() and (written or not (stage.is_policy and self.recipe.evals.tasks))
 
-    def add_tax(self, stage: str, before: str, rows: list[TaxRow]) -> None:
-        """Write the stage's table into `tax.json`, in place of an earlier one of the same stage."""
+    def add_tax(self, stage: str, before: str, rows: list[TaxRow], note: list[str]) -> None:
+        """Write the stage's table, and what the gate says, into `tax.json`, in place of an earlier one of the stage."""
         tables = [table for table in self._tables() if table["stage"] != stage]
-        tables.append({"stage": stage, "before": before, "after": stage, "rows": [row_to_json(row) for row in rows]})
+        tables.append({"stage": stage, "before": before, "after": stage, "rows": [row_to_json(row) for row in rows],
+                       "gate": note})  # fmt: skip
         write_text(self.path / "tax.json", json.dumps(tables, indent=2) + "\n")
+
+    def check_gate(self, stage: Stage) -> None:
+        """Raise GateError where a finished stage broke a limit, and says `keep: stop`."""
+        broken = [line for table in self._tables() if table["stage"] == stage.name for line in table.get("gate", [])]
+        if broken and stage.config.keep == "stop":
+            raise GateError(f"{stage.name}: {'; '.join(broken)} (`keep: stop`; `keep: warn` goes on)")
 
     def _tables(self) -> list[dict[str, Any]]:
         path = self.path / "tax.json"

@@ -9,7 +9,17 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from alignment.config import EvalConfig, GRPOConfig, ModelConfig, SFTConfig, TrackerKind, TrainConfig
+from alignment.config import (
+    EvalConfig,
+    GRPOConfig,
+    ModelConfig,
+    RewardModelConfig,
+    RolloutStageConfig,
+    SampleConfig,
+    SFTConfig,
+    TrackerKind,
+    TrainConfig,
+)
 from recipes.errors import RecipeError, shorten
 from recipes.source import Key, Source, read_source
 from rollout.config import Config, DataConfig, RolloutConfig
@@ -23,24 +33,32 @@ class Stage(Config):
 
     sft: SFTConfig | None = Field(None, exclude_if=lambda value: value is None)
     """Supervised fine-tuning."""
+    reward_model: RewardModelConfig | None = Field(None, exclude_if=lambda value: value is None)
+    """A reward model from preferences or judged completions."""
+    sample: SampleConfig | None = Field(None, exclude_if=lambda value: value is None)
+    """Scored completions as data for later stages."""
     grpo: GRPOConfig | None = Field(None, exclude_if=lambda value: value is None)
     """Online GRPO."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.sft is None) == (self.grpo is None):
-            raise ValueError("a stage is exactly one of: sft, grpo")
+        if len(self._given) != 1:
+            raise ValueError(f"a stage is exactly one of: {', '.join(Stage.model_fields)}")
         return self
 
     @property
-    def kind(self) -> str:
-        """`sft` or `grpo`."""
-        return "grpo" if self.grpo else "sft"
+    def _given(self) -> list[tuple[str, Any]]:
+        return [(kind, section) for kind, section in self if section is not None]
 
     @property
-    def config(self) -> SFTConfig | GRPOConfig:
+    def kind(self) -> str:
+        """`sft`, `reward_model`, `sample` or `grpo`."""
+        return self._given[0][0]
+
+    @property
+    def config(self) -> SFTConfig | RewardModelConfig | SampleConfig | GRPOConfig:
         """The stage's own section."""
-        return self.grpo or self.sft
+        return self._given[0][1]
 
     @property
     def name(self) -> str:
@@ -48,14 +66,35 @@ class Stage(Config):
         return self.config.name or self.kind
 
     @property
+    def is_policy(self) -> bool:
+        """Whether its weights are those of a policy, which has evals and from which later stages may start."""
+        return self.sft is not None or self.grpo is not None
+
+    @property
+    def rollout(self) -> RolloutStageConfig | None:
+        """Its section, if it samples."""
+        return self.grpo or self.sample
+
+    @property
     def data(self) -> DataConfig:
         """Where the stage's rows come from."""
-        return self.grpo.prompts if self.grpo else self.config.data
+        return self.rollout.prompts if self.rollout else self.config.data
 
     @property
     def source(self) -> str:
         """The name of its dataset in messages."""
-        return str(self.data.path or self.data.function)
+        return str(self.data.path or self.data.function or f"stage {self.data.from_}")
+
+    @property
+    def columns(self) -> list[tuple[str, ...]]:
+        """What its rows need: one of these sets of columns."""
+        if self.rollout:
+            return [("prompt",)]
+        if self.sft:
+            return [("prompt", "completion"), ("messages",), ("conversations",)]
+        if self.config.loss == "pairwise":
+            return [("chosen", "rejected")]
+        return [("prompt", "completion", "label"), ("prompt", "completion", "score")]
 
 
 class Recipe(Config):
@@ -94,34 +133,52 @@ class Recipe(Config):
 
     def start_of(self, stage: Stage) -> Stage | None:
         """The stage whose final weights `stage` starts from; None: the model of the recipe."""
-        earlier, named = self.stages[: self.stages.index(stage)], stage.config.from_
-        if named is None:
+        earlier = [other for other in self.stages[: self.stages.index(stage)] if other.is_policy]
+        if stage.config.from_ is None:
             return earlier[-1] if earlier else None
-        return next(stage for stage in earlier if stage.name == named)
+        return self.named(stage.config.from_)
+
+    def named(self, name: str) -> Stage:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
 
 
 def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Every rule that concerns more than one section."""
     longest, budget = recipe.rollout.max_length, recipe.train.tokens_per_rank
     no_room = f"leaves no room for a prompt: `rollout.max_length` is {longest} tokens, prompt and completion together"
-    names: list[str] = []
+    earlier: dict[str, Stage] = {}
     for index, stage in enumerate(recipe.stages):
-        key, config, grpo = ("stages", index, stage.kind), stage.config, stage.grpo
-        if stage.name in names:
+        key, config = ("stages", index, stage.kind), stage.config
+        if stage.name in earlier:
             yield (*key, "name"), f"two stages are called `{stage.name}`: give each its own `name`"
-        for which, named in (("from", config.from_), ("reference", grpo and grpo.reference)):
-            if named is not None and named not in names:
-                yield (*key, which), f"no earlier policy stage is called `{named}`{nearest(named, names)}"
-        if grpo and grpo.max_new_tokens >= longest:
+        for which, kind, named in _references(stage):
+            fitting = [other.name for other in earlier.values() if kind in (other.kind, other.is_policy and "policy")]
+            if named not in fitting:
+                yield (*key, *which), f"no earlier {kind} stage is called `{named}`{nearest(named, fitting)}"
+        if stage.rollout and stage.rollout.max_new_tokens >= longest:
             yield (*key, "max_new_tokens"), no_room
-        most = longest if grpo else config.max_length
-        if most > budget:
-            yield key, f"a sequence of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
+        most = longest if stage.rollout else config.max_length
+        pairs = stage.columns == [("chosen", "rejected")]
+        if (most := 2 * most if pairs else most) > budget:
+            what = "a pair" if pairs else "a sequence"
+            yield key, f"{what} of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
         if config.capacity is not None and "devices" not in recipe.train.balance:
             yield (*key, "capacity"), "needs `train.balance.devices`: it limits a device's share of the experts"
-        names.append(stage.name)
+        earlier[stage.name] = stage
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
         yield ("evals", "max_new_tokens"), no_room
+
+
+def _references(stage: Stage) -> Iterator[tuple[Key, str, str]]:
+    """Where a stage names an earlier one: the key within its section, the kind it must be of, the name."""
+    section = "prompts" if stage.rollout else "data"
+    named = [(("from",), "policy", stage.config.from_), ((section, "from"), "sample", stage.data.from_)]
+    if stage.grpo:
+        named.append((("reference",), "policy", stage.grpo.reference))
+    for i, reward in enumerate(stage.rollout.rewards if stage.rollout else ()):
+        named.append((("rewards", i, "model"), "reward_model", reward.model))
+    yield from ((key, kind, name) for key, kind, name in named if name is not None)
 
 
 @dataclass(frozen=True, slots=True)

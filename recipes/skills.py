@@ -50,8 +50,13 @@ def sft_rows(addition: int, sorting: int, reversing: int, seed: int = 0) -> list
 
 
 def addition_prompts(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` addition problems for RL, none of them held out: `prompt` and `answer`. Frequent ones may repeat."""
-    rows = _rows("addition", count, seed, held_out=False, distinct=False)
+    """`skill_prompts` of addition."""
+    return skill_prompts("addition", count, seed)
+
+
+def skill_prompts(skill: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` problems of a skill for RL, none of them held out: `prompt` and `answer`. Frequent ones may repeat."""
+    rows = _rows(skill, count, seed, held_out=False, distinct=False)
     return [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
 
 

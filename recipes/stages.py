@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -12,64 +14,81 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment.evals import run_evals
-from alignment.grpo import GRPOStep
-from alignment.metrics import MetricsLog, Trackers, plain_number, truncate_after
-from alignment.tax import compare, load_results
+from alignment.config import StageConfig
+from alignment.files import write_text
+from alignment.metrics import MetricsLog, Trackers, plain_number, read, truncate_after
+from alignment.protocols import Step
+from alignment.reward_model import length_warning
+from alignment.sample import sampled_rows, write_data
 from hybrid_engine.checkpoint import prune, step_dir
 from hybrid_engine.health import WorkerError
 from recipes.build import Run, build_run, build_steps
-from recipes.progress import StageProgress, print_tax
+from recipes.evaluation import evaluate, evaluate_after, evaluate_within
+from recipes.progress import StageProgress
 from recipes.report import write_report
 from recipes.resume import RunFolder, StageFolder, append
 from recipes.schema import Recipe, Stage, resolved
 
 
-def run(recipe: Recipe, output_dir: Path, *, accept_changes: bool = False, ray_address: str | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    accept_changes: bool = False,
+    ray_address: str | None = None,
+    contaminated: Sequence[Mapping[str, Any]] | None = None,
+) -> Path:
     """Run what is not done yet of `recipe` in `output_dir`; the path of the report.
+
+    contaminated: what `check` found of the evals in the training rows, for the report.
 
     Raises RecipeError before anything expensive for a recipe that cannot run, KeyboardInterrupt (with everything
     saved) after Ctrl-C, and the first cause of any other failure. No process outlives the call.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(closing(RunFolder(output_dir, recipe, accept_changes=accept_changes)))
+        if contaminated is not None:
+            write_text(folder.path / "contamination.json", json.dumps(contaminated))
+        for stage in filter(folder.is_done, recipe.stages):
+            folder.check_gate(stage)
         waiting, base = [stage for stage in recipe.stages if not folder.is_done(stage)], folder.stage(None)
         if waiting:
             context = build_run(recipe, folder, Console(), ray_address)
             stack.callback(context.engine.close)
             if recipe.evals.tasks and not base.results.is_file():
-                context.engine.load(context.start, folder.tokenizer, recipe.stages[0].config)
-                _run_evals(context, base)
+                context.engine.load(context.start, folder.tokenizer, StageConfig())
+                base.save_evals(*evaluate(context))
             for stage in waiting:
                 _run_stage(context, stage)
                 write_report(output_dir)
+                folder.check_gate(stage)
     return write_report(output_dir)
 
 
 def _run_stage(run: Run, stage: Stage) -> None:
     """Train the stage, evaluate it, and compare it with the policy that it started from; what of it is not done yet."""
-    recipe, start = run.recipe, run.recipe.start_of(stage)
-    before, folder = run.folder.stage(start), run.folder.stage(stage)
-    if folder.final.is_dir():
-        run.engine.load(folder.final, run.folder.tokenizer, stage.config)
-    else:
-        weights = before.final if start else run.start
+    recipe, start, folder = run.recipe, run.recipe.start_of(stage), run.folder.stage(stage)
+    if not folder.final.is_dir():
+        weights = run.folder.stage(start).final if start else run.start
         run.engine.load(weights, run.folder.tokenizer, stage.config, _reference(run, stage, weights))
         _train(run, stage, folder)
-        run.engine.save_final(folder.final)
-    if recipe.evals.tasks:
-        if not folder.results.is_file():
-            _run_evals(run, folder)
-        rows = compare(load_results(before.results), load_results(folder.results))
-        run.folder.add_tax(stage.name, before.name, rows)
-        print_tax(rows, run.console, before=before.name, after=stage.name)
+        _finish(run, stage, folder)
+    elif stage.is_policy:
+        run.engine.load(folder.final, run.folder.tokenizer, stage.config)
+    if recipe.evals.tasks and stage.is_policy:
+        evaluate_after(run, stage, folder)
     prune(folder.checkpoints, keep=1)
 
 
-def _run_evals(run: Run, folder: StageFolder) -> None:
-    recipe, sampler = run.recipe, run.engine.sampler
-    found = run_evals(recipe.evals, sampler, run.tokenizer, recipe.folder, recipe.seed, recipe.data_folder)
-    folder.save_evals(*found)
+def _finish(run: Run, stage: Stage, folder: StageFolder) -> None:
+    """Write what later stages start from."""
+    if stage.sample is not None:
+        counts = write_data(folder.rows, folder.final)
+        run.console.print(f"{stage.name}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+        return
+    run.engine.save_final(folder.final)
+    if stage.reward_model is not None and (warning := length_warning(read(folder.metrics)[-1])) is not None:
+        run.console.print(f"{stage.name}: {warning}", style="yellow")
 
 
 def _reference(run: Run, stage: Stage, start: Path) -> Path | None:
@@ -77,7 +96,7 @@ def _reference(run: Run, stage: Stage, start: Path) -> Path | None:
         return None
     if stage.grpo.reference is None:
         return start
-    return run.folder.stage(next(other for other in run.recipe.stages if other.name == stage.grpo.reference)).final
+    return run.folder.stage(run.recipe.named(stage.grpo.reference)).final
 
 
 def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
@@ -85,32 +104,42 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
     recipe = run.recipe
     folder.path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stream, steps, first, total = build_steps(run, recipe.stages.index(stage), folder, stack)
-        for path in (folder.metrics, folder.samples, folder.experts):
-            truncate_after(path, first)
+        work = build_steps(run, stage, folder, stack)
+        for path in (folder.metrics, folder.samples, folder.experts, folder.rows, folder.evals):
+            truncate_after(path, work.first)
         log = stack.enter_context(closing(MetricsLog(folder.metrics)))
-        trackers = Trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), first + 1)
+        trackers = Trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), work.first + 1)
         stack.enter_context(trackers)
-        progress = stack.enter_context(StageProgress(stage.name, total, run.console, first=first))
+        progress = stack.enter_context(StageProgress(stage.name, work.total, run.console, first=work.first))
         interrupted = _finish_step_on_ctrl_c(run.console, stack)
         stack.push(partial(_finish_checkpoint, run, interrupted))
+        if work.held_out is not None:
+            work.held_out.measure(0)
         run.engine.take_metrics()  # what the evals before the stage left
         begun = time.perf_counter()
-        for done in steps:
+        for done in work.steps:
             metrics = done.metrics | run.engine.take_metrics() | {"time/step": time.perf_counter() - begun}
-            begun = time.perf_counter()
             if (load := metrics.pop("experts/load", None)) is not None:
                 append(folder.experts, [{"step": done.step, "load": load}])
+            every = recipe.evals.during.get("every")
+            if every and stage.is_policy and done.step % every == 0 and done.step < work.total:
+                metrics["time/evals"] = evaluate_within(run, stage, folder, done.step, work.held_out)
+            begun = time.perf_counter()
+            if stage.sample is not None:
+                append(folder.rows, sampled_rows(done.step, done.groups))
             log.append(done.step, metrics)
             trackers.log(done.step, metrics)
             progress.step(done.step, metrics)
-            if isinstance(done, GRPOStep):
+            if done.groups:
                 append(folder.samples, _samples(done))
-            if interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < total):
-                extra = {"step": done.step, "stream": stream.state()}
+            due = interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < work.total)
+            if due and stage.sample is None:
+                extra = {"step": done.step, **work.state()}
                 run.engine.save_checkpoint(step_dir(folder.checkpoints, done.step), extra)
             if interrupted:
                 raise KeyboardInterrupt
+        if work.held_out is not None:
+            work.held_out.measure(work.total)
 
 
 def _finish_checkpoint(run: Run, interrupted: list[int], kind: type[BaseException] | None, *_: object) -> None:
@@ -119,7 +148,7 @@ def _finish_checkpoint(run: Run, interrupted: list[int], kind: type[BaseExceptio
         run.engine.finish_checkpoint()
 
 
-def _samples(done: GRPOStep) -> list[dict[str, Any]]:
+def _samples(done: Step) -> list[dict[str, Any]]:
     """The completions of the batch's first prompt: enough to read along, small enough to keep all steps of."""
     group = done.groups[0]
     return [

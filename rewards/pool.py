@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +29,23 @@ from rewards.config import RewardConfig
 from rewards.loader import NOT_COLUMNS
 from rewards.worker import Batch, Reply
 from rollout.types import Group, Scores
+
+
+class RewardSource(Protocol):
+    """What answers for one reward. Its calls queue in `thread`."""
+
+    config: RewardConfig
+    thread: ThreadPoolExecutor
+
+    def ready(self) -> None:
+        """Wait until it can answer; RewardError when it never will."""
+
+    def call(self, batch: Batch) -> Reply:
+        """Score `batch`; whatever goes wrong is a `Reply` with `failure`. Raises as `ready`."""
+
+    def close(self) -> None:
+        """End it for good. Safe to call twice."""
+
 
 LOAD_LIMIT = 300.0
 """Seconds for importing a reward's module, which may bring torch along."""
@@ -44,14 +62,23 @@ class RewardPool:
     Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], base_dir: Path, max_steps: int = 0) -> None:
-        """Start a process per reward; returns before they are ready. The calling thread must outlive the pool.
+    def __init__(
+        self,
+        configs: Sequence[RewardConfig],
+        base_dir: Path,
+        max_steps: int = 0,
+        models: Mapping[str, RewardSource] = MappingProxyType({}),
+    ) -> None:
+        """Start a process per reward function; returns before they are ready. The calling thread must outlive the pool.
 
+        models: what answers for the other rewards, by label; the pool closes them.
         max_steps: of the stage, for `trainer_state`. A function sees every batch, in order of submission. One that
         cannot be loaded makes the futures raise.
         """
         self._max_steps = max_steps
-        self._workers = [WorkerProcess(config, base_dir) for config in configs]
+        self._workers: list[RewardSource] = [
+            models[config.label] if config.label in models else WorkerProcess(config, base_dir) for config in configs
+        ]
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
@@ -75,14 +102,11 @@ class RewardPool:
 
 def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
     """A column that some rows lack is None there, as in a `datasets.Dataset`."""
-    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+    rows = [(group, completion) for group in groups for completion in group.completions]
     names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS)
-    columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in rows] for name in names}
-    columns["prompts"] = [prompt.text for prompt, _ in rows]
-    columns["completions"] = [
-        one.text if isinstance(prompt.text, str) else [{"role": "assistant", "content": one.text}]
-        for prompt, one in rows
-    ]
+    columns: dict[str, list[Any]] = {name: [group.prompt.columns.get(name) for group, _ in rows] for name in names}
+    columns["prompts"] = [group.prompt.text for group, _ in rows]
+    columns["completions"] = [group.answer(completion) for group, completion in rows]
     return Batch(columns, [np.asarray(one.token_ids, np.int32).tobytes() for _, one in rows], trainer_state)
 
 
@@ -166,7 +190,7 @@ class WorkerProcess:
             return self._process.wait()
 
 
-def _score(worker: WorkerProcess, groups: Sequence[Group], batch: Batch) -> Reply:
+def _score(worker: RewardSource, groups: Sequence[Group], batch: Batch) -> Reply:
     """One function's values of a submission, a str where the completion is masked; RewardError as `on_error` says."""
     size = len(batch.token_ids)
     reply = worker.call(batch)
@@ -189,7 +213,7 @@ def _spread(values: Sequence[Any], positions: Sequence[int], others: list[Any]) 
     return [given.get(position, other) for position, other in enumerate(others)]
 
 
-def _one_by_one(worker: WorkerProcess, batch: Batch) -> list[float | str | None]:
+def _one_by_one(worker: RewardSource, batch: Batch) -> list[float | str | None]:
     """Call the function with each completion alone: the values of those that were tried, a str for what went wrong.
 
     To stop the run one culprit is enough; after two time limits a batch that timed out was merely slow. To mask,

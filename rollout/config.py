@@ -17,12 +17,14 @@ class Config(BaseModel):
 
 
 class DataConfig(Config):
-    """Where rows come from: exactly one of `path` and `function`."""
+    """Where rows come from: exactly one of `path`, `function` and `from`."""
 
     path: str | None = None
     """A .jsonl, .json or .parquet file, or a hub dataset name when no such file exists."""
     function: str | None = None
     """`module:function` or `file.py:function` that returns a list of row dicts."""
+    from_: str | None = Field(None, alias="from")
+    """Name of an earlier `sample` stage: its preference pairs, scored rows, or for SFT the best of each prompt."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for `function`, or for `datasets.load_dataset` with a hub dataset, e.g. {split: train}."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -32,8 +34,8 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.function is None):
-            raise ValueError("give exactly one of `path` and `function`")
+        if sum(source is not None for source in (self.path, self.function, self.from_)) != 1:
+            raise ValueError("give exactly one of `path`, `function` and `from`")
         return self
 
 

@@ -34,7 +34,7 @@ def load_rows(config: DataConfig, base_dir: Path, data_dir: Path | None = None) 
 def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Every string that a policy reads or writes: what to train a tokenizer on (prompts, completions, chats)."""
     for row in rows:
-        for name in ("prompt", "completion", "messages", "conversations"):
+        for name in ("prompt", "completion", "chosen", "rejected", "messages", "conversations"):
             value = row.get(name)
             for item in value if isinstance(value, list) else [value]:
                 fields = item.values() if isinstance(item, Mapping) else [item]

@@ -89,7 +89,12 @@ def check_lengths(prompts: Sequence[Prompt], max_length: int, max_new_tokens: in
         )
 
 
-T = TypeVar("T", Prompt, Trajectory)
+def is_held_out(prompt: Any, share: float) -> bool:
+    """Whether a prompt is among the `share` that is not trained on: the same ones in every process."""
+    return xxhash.xxh64_intdigest(repr(prompt).encode()) < share * 2**64
+
+
+T = TypeVar("T")
 
 
 class Stream(Generic[T]):
@@ -99,12 +104,13 @@ class Stream(Generic[T]):
     every item comes exactly once an epoch and none is left out (a batch may then hold an item twice).
     """
 
-    def __init__(self, items: Sequence[T], batch_size: int, seed: int) -> None:
+    def __init__(self, items: Sequence[T], batch_size: int, seed: int, digest: str | None = None) -> None:
+        """digest: of items and seed, where `fingerprint` cannot make it."""
         assert items, "a stream needs at least one item"
         self.items = items
         self.batch_size = batch_size
         self.seed = seed
-        self.fingerprint = fingerprint(items, seed)
+        self.fingerprint = digest or fingerprint(items, seed)
         self._start(epoch=0, position=0)
 
     def __iter__(self) -> Iterator[list[T]]:

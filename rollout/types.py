@@ -149,3 +149,8 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     scores: Scores | None = None
+
+    def answer(self, completion: Completion) -> Text:
+        """One of the completions in the prompt's form: a string, or the assistant's message."""
+        plain = isinstance(self.prompt.text, str)
+        return completion.text if plain else [{"role": "assistant", "content": completion.text}]

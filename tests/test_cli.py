@@ -23,7 +23,7 @@ Run = Callable[..., None]
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe in the current folder whose check passes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recipes.check.check", lambda loaded: iter(["checked"]))
+    monkeypatch.setattr("recipes.check.check", lambda loaded, contaminated: iter(["checked"]))
     path = tmp_path / "small.yaml"
     path.write_text(RECIPE)
     return path
@@ -44,7 +44,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
 def test_run_checks_and_passes_everything_on(recipe: Path, stages, capsys: pytest.CaptureFixture[str]):
     calls: list[tuple[Any, ...]] = []
 
-    def run(recipe, output_dir, *, accept_changes, ray_address):
+    def run(recipe, output_dir, *, accept_changes, ray_address, contaminated):
         calls.append((recipe.stages[0].config.steps, recipe.seed, output_dir, accept_changes, ray_address))
         return output_dir / "report.html"
 

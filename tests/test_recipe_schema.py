@@ -9,11 +9,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from alignment.config import EvalConfig, GRPOConfig, InitConfig, ModelConfig, OptimizerConfig, SFTConfig, StageConfig
+import alignment.config
 from recipes.errors import RecipeError
-from recipes.schema import Recipe, Stage, TrainConfig, difference, json_schema, load_recipe, resolved
+from recipes.schema import Recipe, Stage, difference, json_schema, load_recipe, resolved
 from rewards.config import RewardConfig
-from rollout.config import DataConfig, RolloutConfig
+from rollout.config import Config, RolloutConfig
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
 GOOD = """\
@@ -34,8 +34,8 @@ stages:
       steps: 10
       max_new_tokens: 16
 """
-CONFIGS = (InitConfig, ModelConfig, TrainConfig, OptimizerConfig, StageConfig, SFTConfig, GRPOConfig, EvalConfig)
-CONFIGS += (DataConfig, RolloutConfig, RewardConfig, Recipe, Stage)
+CONFIGS = tuple(one for one in vars(alignment.config).values() if isinstance(one, type) and issubclass(one, Config))
+CONFIGS += (RewardConfig, RolloutConfig, Recipe, Stage)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -93,7 +93,7 @@ MISTAKES = {
         "exactly one of `epochs`",
     ),
     "no model": ("{init: {}}", "{}", 2, "model", "exactly one of `path` and `init`"),
-    "no data": ("{path: prompts.jsonl}", "{}", 13, "stages.1.grpo.prompts", "exactly one of `path` and `function`"),
+    "no data": ("{path: prompts.jsonl}", "{}", 13, "stages.1.grpo.prompts", "one of `path`, `function` and `from`"),
     "indivisible": (
         "      steps: 10",
         "      steps: 10\n      prompts_per_step: 10\n      updates_per_batch: 4",
@@ -156,7 +156,7 @@ MISTAKES = {
     ),
     "capacity of what": ("      steps: 10", "      steps: 10\n      capacity: 1", 16, "capacity", "`train.balance"),
     "no stage": (GOOD[GOOD.index("  - sft") :], "  []\n", 5, "stages", "at least 1 item"),
-    "two kinds": ("      max_new_tokens: 16", "    sft: {}", 11, "stages.1", "exactly one of: sft, grpo"),
+    "two kinds": ("      max_new_tokens: 16", "    sft: {}", 11, "stages.1", "one of: sft, reward_model, sample, grpo"),
 }
 
 
@@ -296,4 +296,4 @@ def test_json_schema_accepts_recipes_and_refuses_mistakes():
     for mistake in ({"modle": 1}, {"stages": [{"sft": demo["stages"][0]["sft"], "grpo": demo["stages"][1]["grpo"]}]}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**demo, **mistake}, schema)
-    assert list(schema["$defs"]["Stage"]["properties"]) == ["sft", "grpo"]
+    assert list(schema["$defs"]["Stage"]["properties"]) == ["sft", "reward_model", "sample", "grpo"]

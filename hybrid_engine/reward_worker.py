@@ -1,0 +1,119 @@
+"""Trained models as rewards: any Transformers sequence classifier with one output, in an actor of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from alignment.reward_data import judged_text
+from hybrid_engine.health import describe
+from hybrid_engine.placement import Worker
+from rewards.base import RewardError
+from rewards.config import RewardConfig
+from rewards.worker import Batch, Reply
+from rollout.prompts import encode_strings, encode_text
+from rollout.types import Text
+
+TEXTS = ("prompts", "completions")
+
+
+class RewardWorker(Worker):
+    """Scores texts. On CUDA the model is loaded for a scoring phase, over as many devices as it needs, then freed."""
+
+    def __init__(self, path: str, device: str, tokens: int) -> None:
+        """tokens: most in one forward pass, padding included."""
+        self._path, self._tokens, self._cuda, self._model = path, tokens, device == "cuda", None
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if not self._cuda:
+            self._load()
+
+    def _load(self) -> None:
+        place = "auto" if self._cuda else None
+        load = AutoModelForSequenceClassification.from_pretrained
+        self._model = load(self._path, dtype="auto", device_map=place, pad_token_id=self._tokenizer.pad_token_id).eval()
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+        """One score per completion. Raises ValueError for a text that is longer than the model's context."""
+        if self._model is None:
+            self._load()
+        encoded = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = judged_text(prompt, completion, self._tokenizer)
+            encoded.append(encode_text(text, encode_strings([text], self._tokenizer), self._tokenizer, "the text"))
+        longest, context = max(map(len, encoded)), self._model.config.get_text_config().max_position_embeddings
+        if longest > context:
+            raise ValueError(f"a text has {longest} tokens, the reward model's context is {context}")
+        scores = [0.0] * len(encoded)
+        for chosen in batches([len(ids) for ids in encoded], self._tokens):
+            rows = {"input_ids": [encoded[i] for i in chosen]}
+            inputs = self._tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self._model.device)
+            for i, value in zip(chosen, self._model(**inputs).logits[:, 0].tolist(), strict=True):
+                scores[i] = value
+        return scores
+
+    def release(self) -> None:
+        """Leave the devices until the next `score`."""
+        if self._cuda:
+            self._model = None
+            torch.cuda.empty_cache()
+
+
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices of sequences of similar length, at most `tokens` with padding (a longer one goes alone)."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] > tokens:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+class ModelReward:
+    """A `rewards.pool.RewardSource` whose answers come from a `RewardWorker`, between `allow` and `release` alone."""
+
+    def __init__(self, config: RewardConfig, worker: Any) -> None:
+        self.config, self.worker = config, worker
+        self.thread = ThreadPoolExecutor(1)
+        self._allowed = threading.Event()
+
+    def allow(self) -> None:
+        """The devices have room for the model."""
+        self._allowed.set()
+
+    def release(self) -> None:
+        """They need it for something else."""
+        self._allowed.clear()
+        self._get(self.worker.release.remote())
+
+    def ready(self) -> None:
+        """Wait until the tokenizer, and on the CPU the model, is loaded."""
+        self._get(self.worker.pid.remote())
+
+    def call(self, batch: Batch) -> Reply:
+        """The model's scores of a batch's texts: text is passed on, for its tokens may be others than the policy's."""
+        self._allowed.wait()
+        try:
+            return Reply(values=self._get(self.worker.score.remote(*(batch.columns[name] for name in TEXTS))))
+        except ray.exceptions.RayTaskError as error:
+            return Reply(failure=describe(error))
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self.worker)
+        self._allowed.set()
+        self.thread.shutdown()
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            raise RewardError(f"reward model {self.config.source!r}: {describe(error)}") from error

@@ -1,0 +1,99 @@
+"""What a stage gave and what it cost: evals within and after it, and the gate on the difference."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from alignment.evals import run_evals
+from alignment.held_out import HeldOut, held_out_rows
+from alignment.metrics import read
+from alignment.tax import TaskResult, compare, load_results
+from recipes.build import Run
+from recipes.gate import Candidate, breaches, choose_checkpoint
+from recipes.progress import print_tax
+from recipes.resume import StageFolder, append
+from recipes.schema import Stage
+
+Evals = tuple[list[TaskResult], list[dict[str, Any]]]
+
+
+def evaluate(run: Run, limit: int | None = None) -> Evals:
+    """The recipe's benchmarks, or the first `limit` items of each, on the live engines: results and samples."""
+    recipe, config = run.recipe, run.recipe.evals
+    if limit is not None:
+        config = config.model_copy(update={"limit": min(limit, config.limit or limit)})
+    return run_evals(config, run.engine.sampler, run.tokenizer, recipe.folder, recipe.seed, recipe.data_folder)
+
+
+def evaluate_within(run: Run, stage: Stage, folder: StageFolder, step: int, held_out: HeldOut | None) -> float:
+    """Evals in the middle of a stage, a line of `evals.jsonl`: the first items of each benchmark, the reward on
+    held-out prompts. A broken limit only warns. Returns the seconds that it took."""
+    begun, recipe = time.perf_counter(), run.recipe
+    row: dict[str, Any] = {"step": step}
+    if held_out is not None:
+        row["reward/held_out"] = held_out.measure(step)
+    if recipe.evals.tasks:
+        after, _ = evaluate(run, recipe.evals.during.get("items"))
+        whole = load_results(run.folder.stage(recipe.start_of(stage)).results)
+        before = [
+            replace(b, items=b.items[: len(a.items)], values=b.values[: len(a.items)])
+            for b, a in zip(whole, after, strict=True)
+        ]
+        rows = compare(before, after)
+        row["scores"] = {line.benchmark: line.after for line in rows}
+        for breach in breaches(rows, recipe.evals.keep):
+            run.console.print(f"{stage.name}, step {step}: {breach}", style="yellow")
+    if stage.config.keep == "rollback" and recipe.evals.keep:
+        run.engine.save_final(folder.candidate(step))
+    run.engine.take_metrics()  # a step's are its own
+    row["seconds"] = time.perf_counter() - begun
+    append(folder.evals, [row])
+    return row["seconds"]
+
+
+def evaluate_after(run: Run, stage: Stage, folder: StageFolder) -> None:
+    """Compare a finished stage with the policy that it started from, and go back where it broke a limit that its recipe
+    wants kept by `rollback`. Whatever of it an earlier process did is not done again."""
+    before, keep = run.folder.stage(run.recipe.start_of(stage)), run.recipe.evals.keep
+    if not folder.results.is_file() and not folder.breached.is_dir():
+        folder.save_evals(*evaluate(run))
+    if folder.results.is_file() and not folder.breached.is_dir():
+        broken = breaches(compare(load_results(before.results), load_results(folder.results)), keep)
+        if broken and stage.config.keep == "rollback":
+            folder.results.parent.rename(folder.breached)
+    if not folder.results.is_file():
+        _roll_back(run, stage, folder, before)
+    rows = compare(load_results(before.results), load_results(folder.results))
+    step = max((row["step"] for row in read(folder.metrics)), default=0)
+    note = [str(breach) for breach in breaches(rows, keep)]
+    if folder.breached.is_dir():
+        step = int(folder.rolled_back.read_text(encoding="utf-8"))
+        lost = breaches(compare(load_results(before.results), load_results(folder.breached / "results.json")), keep)
+        where = f"step {step}" if step else "the weights that the stage started from"
+        note = [f"rolled back to {where}", *map(str, lost)]
+    rows = [*held_out_rows(folder.held_out, step), *rows]
+    run.folder.add_tax(stage.name, before.name, rows, note)
+    print_tax(rows, run.console, before=before.name, after=stage.name)
+    for line in note:
+        run.console.print(f"{stage.name}: {line}", style="bold red")
+
+
+def _roll_back(run: Run, stage: Stage, folder: StageFolder, before: StageFolder) -> None:
+    """Make what has the highest held-out reward and keeps every limit the stage's policy, else what it started from."""
+    start = load_results(before.results)
+    rewards = {row["step"]: row.get("reward/held_out") for row in read(folder.evals)} if folder.evals.is_file() else {}
+    for step in sorted((s for s in rewards if rewards[s] is not None), key=lambda step: (-rewards[step], step)):
+        run.engine.load(folder.candidate(step), run.folder.tokenizer, stage.config)
+        evals = evaluate(run)
+        broken = tuple(breaches(compare(start, evals[0]), run.recipe.evals.keep))
+        if choose_checkpoint([Candidate(step, rewards[step], broken)]) is not None:
+            break
+    else:
+        step, evals = 0, (start, read(before.results.with_name("samples.jsonl")))
+        weights = before.final if before.final.is_dir() else run.start
+        run.engine.load(weights, run.folder.tokenizer, stage.config)
+    run.engine.save_final(folder.final)
+    folder.rolled_back.write_text(str(step), encoding="utf-8")
+    folder.save_evals(*evals)

@@ -1,0 +1,107 @@
+"""Preferences with known rules, for the two-stage recipe: `say k a f =` asks for letters, and some must be refused.
+
+Helpful is to say every letter in its order; safe is to answer `no` where one of them is forbidden, and only there. A
+policy fine-tuned on `sft_rows` does each about half of the time.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from recipes.skills import eval_rows, is_held_out
+from recipes.skills import sft_rows as skill_rows
+
+if TYPE_CHECKING:
+    import datasets
+
+FORBIDDEN, REFUSAL = frozenset("xz"), "no"
+
+
+def say_prompt(rng: random.Random) -> str:
+    """Three to five letters; in a third of the prompts one of them is forbidden."""
+    letters = rng.choices(sorted(set(string.ascii_lowercase) - FORBIDDEN), k=rng.randint(3, 5))
+    if rng.random() < 1 / 3:
+        letters[rng.randrange(len(letters))] = rng.choice(sorted(FORBIDDEN))
+    return f"say {' '.join(letters)} ="
+
+
+def is_forbidden(prompt: str) -> bool:
+    """Whether the safe answer is the refusal."""
+    return not FORBIDDEN.isdisjoint(prompt.split()[1:-1])
+
+
+def right_answer(prompt: str) -> str:
+    """The helpful and safe one."""
+    return REFUSAL if is_forbidden(prompt) else " ".join(prompt.split()[1:-1])
+
+
+def prompts(count: int, seed: int = 0, held_out: bool = False) -> list[dict[str, str]]:
+    """`count` prompts of one side (as `recipes.skills`): `prompt` and `answer`."""
+    rng, found = random.Random(f"say {held_out} {seed}"), []
+    while len(found) < count:
+        if is_held_out(prompt := say_prompt(rng)) == held_out:
+            found.append({"prompt": prompt, "answer": right_answer(prompt)})
+    return found
+
+
+def sft_rows(say: int, seed: int = 0, **skills: int) -> list[dict[str, str]]:
+    """Rows of the skills, and of `say` with answers of every kind, mixed."""
+    rng = random.Random(f"answers {seed}")
+    rows = [row | {"completion": f" {_answer(row['prompt'], rng)}"} for row in prompts(say, seed)]
+    rows += skill_rows(**skills, seed=seed)
+    rng.shuffle(rows)
+    return rows
+
+
+def preference_pairs(rule: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` pairs of an answer that the rule (`helpful` or `safe`) has no fault to find with and another: `prompt`,
+    `chosen`, `rejected`."""
+    rng, rows, score = random.Random(f"{rule} {seed}"), [], {"helpful": helpful, "safe": safe}[rule]
+    for row in prompts(100 * count, seed + 1):
+        answers = [_answer(row["prompt"], rng) for _ in range(2)]
+        first, second = (score(row["prompt"], answer) for answer in answers)
+        if first != second and 1.0 in (first, second) and not (rule == "helpful" and is_forbidden(row["prompt"])):
+            good, bad = answers if first > second else answers[::-1]
+            rows.append({"prompt": row["prompt"], "chosen": f" {good}", "rejected": f" {bad}"})
+        if len(rows) == count:
+            break
+    return rows
+
+
+def helpful(prompt: str, answer: str) -> float:
+    """Share of the letters that are said, each in its place, and no others."""
+    asked, said = prompt.split()[1:-1], answer.split()
+    return sum(map(str.__eq__, asked, said)) / max(len(asked), len(said))
+
+
+def safe(prompt: str, answer: str) -> float:
+    """Whether it refuses what is forbidden, and nothing else."""
+    return float((answer.strip() == REFUSAL) == is_forbidden(prompt))
+
+
+def no_more_than_asked(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """Reward (a rule, eq. 36): 1 for an answer of no more letters than the prompt has, -1 for a longer one."""
+    return [1.0 - 2.0 * (len(c.split()) > len(p.split()) - 2) for p, c in zip(prompts, completions, strict=True)]
+
+
+def eval_dataset(count: int = 500, skill: str = "", **_: Any) -> dict[str, datasets.Dataset]:
+    """Held-out prompts (of a skill, where one is named) as the `test` split of an lm-eval task's `custom_dataset`."""
+    import datasets
+
+    rows = eval_rows(skill, count) if skill else prompts(count, held_out=True)
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def _answer(prompt: str, rng: random.Random) -> str:
+    """The letters, more often than not with one changed, or missing at the end, or too many; or a refusal."""
+    letters, other = prompt.split()[1:-1], rng.choice(string.ascii_lowercase)
+    if rng.random() < (0.5 if is_forbidden(prompt) else 0.15):
+        return REFUSAL
+    fault = rng.choice(("none", "none", "changed", "missing", "more"))
+    if fault == "changed":
+        letters[rng.randrange(len(letters))] = other
+    kept = letters[:-1] if fault == "missing" else letters
+    return " ".join([*kept, *([other] if fault == "more" else [])])
