@@ -7,6 +7,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from rewards.config import RewardConfig
+from rewards.sandbox import require_sandbox
 from rollout.functions import load_function, nearest
 
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -20,7 +21,7 @@ def check_reward(config: RewardConfig, base_dir: Path, columns: Set[str]) -> Non
 
     Raises ValueError: as `load_function`; an argument in `args` that is no named parameter, a parameter without default
     that nothing gives (the nearest name is offered); an argument that the function does not take (TRL's functions have
-    `**kwargs` for what they do not use), or that two sides give.
+    `**kwargs` for what they do not use), or that two sides give; programs to run, and no sandbox for them.
     """
     reward, passed = f"reward {config.function!r}", columns - NOT_COLUMNS
     signature = inspect.signature(load_function(config.function, base_dir))
@@ -39,3 +40,5 @@ def check_reward(config: RewardConfig, base_dir: Path, columns: Set[str]) -> Non
         signature.bind(**dict.fromkeys(sorted(given)))
     except TypeError as error:
         raise ValueError(f"{reward} {error}: add **kwargs for what it does not use, as TRL asks") from error
+    if config.function.startswith("rewards.code:") and config.args.get("sandbox") != "none":
+        require_sandbox()

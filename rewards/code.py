@@ -1,0 +1,78 @@
+"""Reward: the completion is a program that passes its tests. Each runs in a sandbox of its own; a socket between them
+carries calls and plain values, and the verdict comes over a pipe that only the tests' process has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rewards.exact_match import completion_text
+from rewards.sandbox import PYTHON, Sandbox
+
+SIDE = (*PYTHON, Path(__file__).with_name("inside.py").read_text())
+
+
+def passes_tests(
+    completions: Sequence[Any],
+    tests: Sequence[Any],
+    prefix: str | None = None,
+    command: str | None = None,
+    seconds: float = 5.0,
+    memory: int = 512,
+    processes: int = 8,
+    sandbox: str = "bubblewrap",
+    **columns: Any,
+) -> list[float]:
+    """1.0 where the completion's program (its last fenced block, else all of it) passes the row's `tests`, else 0.0.
+
+    tests: Python, a text or a list of texts, which calls the program's functions by name or, like HumanEval's, defines
+    `check(candidate)` for the one that the column `entry_point` names. Copies of plain data (None, numbers, str, bytes,
+    lists, tuples, sets, dicts) and builtin exceptions cross. prefix: the column (`prompts`) with Python that precedes
+    the program. command: of another language; the program becomes its last argument, and `tests` are a list of
+    {"input", "output"}. seconds, memory (MiB of a process), processes: limits. sandbox "none": with your own rights.
+    Raises SyntaxError for tests or a prefix that are no Python, RuntimeError where no sandbox starts.
+    """
+    box = Sandbox(seconds if command else seconds + 60, memory, processes, bare=sandbox == "none")
+
+    def score(position: int) -> bool:
+        text, test = completion_text(completions[position]), tests[position]
+        before = columns[prefix][position] if prefix else ""
+        program = (re.findall(r"(?s)```[^\n]*\n(.*?)(?:```|\Z)", text) or [text])[-1]
+        if command:
+            call = [*shlex.split(command), (before + program).replace("\0", "").encode(errors="replace")[:100_000]]
+            return all(box.run(call, one["input"].encode()).split() == one["output"].encode().split() for one in test)
+        source = test if isinstance(test, str) else "\n".join(test)
+        source += "\ncheck(candidate)" * ("def check(" in source)
+        compile(f"{before}\n{source}", "tests", "exec")
+        entry = columns["entry_point"][position] if prefix or "candidate" in source else None
+        return _passes(box, prefix=before, program=program, tests=source, entry_point=entry, seconds=seconds)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return [float(passed) for passed in pool.map(score, range(len(completions)))]
+
+
+def _passes(box: Sandbox, **job: Any) -> bool:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = box.start([*SIDE, "program", str(theirs.fileno())], [theirs.fileno()])
+        theirs.close()
+        with program:
+            try:
+                said = box.run([*SIDE, "tests", str(ours.fileno())], json.dumps(job).encode(), fds=[ours.fileno()])
+            finally:
+                program.kill()
+    if not said:
+        raise RuntimeError(f"no sandbox came up within {box.seconds:g} s; `align check` says why it cannot")
+    return said == b"ready passed"
+
+
+def pass_at_1(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval's `process_results` for HumanEval."""
+    return {"pass@1": passes_tests(results[:1], [doc["test"]], "prompt", **{key: [doc[key]] for key in doc})[0]}
