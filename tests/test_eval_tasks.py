@@ -149,7 +149,7 @@ def test_the_demos_skills_are_marked_rightly():
 def test_bbh_is_asked_and_marked_on_the_real_files(shared_data: Path):
     """The recipe's own tasks; a model that says the same of every item scores that answer's share of the targets."""
     recipe = yaml.safe_load((RECIPES / "gsm8k_bbh.yaml").read_text())
-    tasks = tuple(recipe["evals"]["tasks"])
+    tasks = tuple(task for task in recipe["evals"]["tasks"] if "bbh_" in task)
     infos = check_tasks(EvalConfig(tasks=tasks), RECIPES, 1024, Characters(), data_dir=shared_data)  # type: ignore[arg-type]
     said = {
         "bbh_boolean_expressions": "False",
