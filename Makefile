@@ -9,9 +9,9 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && { command -v "$$p"; break; }; done)
 # What an installation depends on: another hash means that `setup` installs again.
-KEY = $(shell { "$(PYTHON)" --version || true; cat pyproject.toml constraints.txt; } 2>&1 | sha256sum | cut -d' ' -f1)
-# vLLM's CPU kernels link to libnuma.
-DEBIAN := libnuma1
+KEY = $(shell { "$(PYTHON)" --version || true; cat pyproject.toml constraints.txt; echo $(DEBIAN); } 2>&1 | sha256sum | cut -d' ' -f1)
+# vLLM's CPU kernels link to libnuma; bubblewrap is the sandbox of programs that a model wrote.
+DEBIAN := libnuma1 bubblewrap
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The variable, and not -c, because it also pins the setuptools that pip builds source distributions with.
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -40,10 +40,14 @@ install: system
 	@echo "$(KEY)" > $(STAMP)
 
 system:
-	@if command -v dpkg >/dev/null && ! dpkg -s $(DEBIAN) >/dev/null 2>&1; then \
-	  echo "Installing Debian packages: $(DEBIAN)"; \
+	@if command -v dpkg >/dev/null; then for package in $(DEBIAN); do \
+	  if dpkg -s $$package >/dev/null 2>&1; then continue; fi; \
+	  echo "Installing the Debian package $$package"; \
 	  as_root=; [ "$$(id -u)" = 0 ] || as_root=sudo; \
-	  $$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(DEBIAN) >/dev/null; fi
+	  if $$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$package >/dev/null; then continue; fi; \
+	  [ $$package = bubblewrap ] || exit 1; \
+	  echo "Going on without it: recipes that run programs (rewards.code, HumanEval) are refused until bubblewrap is installed" >&2; \
+	done; fi
 
 demo: setup ## Align the demo model: SFT, evals, online GRPO, evals, report
 	@$(BIN)/align run recipes/demo.yaml --output runs/demo
