@@ -207,8 +207,9 @@ def test_nothing_survives_the_process_that_scores() -> None:
     script = f"""from rewards import code
 code.SIDE = (*code.SIDE[:-1], code.SIDE[-1] + "\\n# {mark}")
 code.passes_tests(completions=["import os, time\\nos.fork()\\ntime.sleep(99)"], tests=["f()"], seconds=99)"""
+    # This script, two processes of bubblewrap for each side, the tests', their timeout's, the program's, and its child.
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as scorer:
-        while sum(mark in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])) < 8:
+        while sum(mark in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])) < 9:
             time.sleep(0.05)
             assert scorer.poll() is None
         scorer.kill()
