@@ -83,7 +83,7 @@ def check_libraries(
         for number, reward in enumerate(stage.rollout.rewards if stage.rollout and index in found else ()):
             with problems.at(("stages", index, stage.kind, "rewards", number)):
                 if reward.function is not None:
-                    check_reward(reward, recipe.folder, set(found[index][0]))
+                    check_reward(reward, recipe.folder, set().union(*found[index]))
                 elif reward.path is not None:
                     from alignment.model import check_classifier
 

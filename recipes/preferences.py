@@ -1,7 +1,8 @@
 """Preferences with known rules, for the two-stage recipe: `say k a f =` asks for letters, and some must be refused.
 
 Helpful is to say every letter in its order; safe is to answer `no` where one of them is forbidden, and only there. A
-policy fine-tuned on `sft_rows` does each about half of the time.
+policy fine-tuned on `sft_rows`, whose answers are as mixed as people's, does each about half of the time; so it does
+with `reverse k a f =`, whose answers the ground truth can judge.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from recipes.skills import eval_rows, is_held_out
+from recipes.skills import is_held_out, skill_prompts
 from recipes.skills import sft_rows as skill_rows
 
 if TYPE_CHECKING:
@@ -47,11 +48,15 @@ def prompts(count: int, seed: int = 0, held_out: bool = False) -> list[dict[str,
     return found
 
 
-def sft_rows(say: int, seed: int = 0, **skills: int) -> list[dict[str, str]]:
-    """Rows of the skills, and of `say` with answers of every kind, mixed."""
+def sft_rows(say: int, reversing: int, seed: int = 0, **skills: int) -> list[dict[str, str]]:
+    """Rows of `say` and of reversing, with answers of every kind, and of other skills, with right ones; mixed."""
     rng = random.Random(f"answers {seed}")
-    rows = [row | {"completion": f" {_answer(row['prompt'], rng)}"} for row in prompts(say, seed)]
-    rows += skill_rows(**skills, seed=seed)
+    rows = [row | {"completion": f" {_say(row['prompt'], rng)}"} for row in prompts(say, seed)]
+    rows += [
+        row | {"completion": f" {_with_faults(row['answer'].split(), rng)}"}
+        for row in skill_prompts("reversing", reversing, seed)
+    ]
+    rows += skill_rows(**{"addition": 0, "sorting": 0, **skills}, reversing=0, seed=seed)
     rng.shuffle(rows)
     return rows
 
@@ -61,7 +66,7 @@ def preference_pairs(rule: str, count: int, seed: int = 0) -> list[dict[str, str
     `chosen`, `rejected`."""
     rng, rows, score = random.Random(f"{rule} {seed}"), [], {"helpful": helpful, "safe": safe}[rule]
     for row in prompts(100 * count, seed + 1):
-        answers = [_answer(row["prompt"], rng) for _ in range(2)]
+        answers = [_say(row["prompt"], rng) for _ in range(2)]
         first, second = (score(row["prompt"], answer) for answer in answers)
         if first != second and 1.0 in (first, second) and not (rule == "helpful" and is_forbidden(row["prompt"])):
             good, bad = answers if first > second else answers[::-1]
@@ -87,20 +92,22 @@ def no_more_than_asked(prompts: Sequence[str], completions: Sequence[str], **_: 
     return [1.0 - 2.0 * (len(c.split()) > len(p.split()) - 2) for p, c in zip(prompts, completions, strict=True)]
 
 
-def eval_dataset(count: int = 500, skill: str = "", **_: Any) -> dict[str, datasets.Dataset]:
-    """Held-out prompts (of a skill, where one is named) as the `test` split of an lm-eval task's `custom_dataset`."""
+def eval_dataset(count: int = 500, **_: Any) -> dict[str, datasets.Dataset]:
+    """Held-out prompts as the `test` split of an lm-eval task's `custom_dataset`."""
     import datasets
 
-    rows = eval_rows(skill, count) if skill else prompts(count, held_out=True)
-    return {"test": datasets.Dataset.from_list(rows)}
+    return {"test": datasets.Dataset.from_list(prompts(count, held_out=True))}
 
 
-def _answer(prompt: str, rng: random.Random) -> str:
-    """The letters, more often than not with one changed, or missing at the end, or too many; or a refusal."""
-    letters, other = prompt.split()[1:-1], rng.choice(string.ascii_lowercase)
-    if rng.random() < (0.5 if is_forbidden(prompt) else 0.15):
-        return REFUSAL
-    fault = rng.choice(("none", "none", "changed", "missing", "more"))
+def _say(prompt: str, rng: random.Random) -> str:
+    """A refusal, or the letters."""
+    refuses = rng.random() < (0.5 if is_forbidden(prompt) else 0.15)
+    return REFUSAL if refuses else _with_faults(prompt.split()[1:-1], rng)
+
+
+def _with_faults(letters: list[str], rng: random.Random) -> str:
+    """The letters, more often than not with one changed, or missing at the end, or too many."""
+    fault, other = rng.choice(("none", "none", "changed", "missing", "more")), rng.choice(string.ascii_lowercase)
     if fault == "changed":
         letters[rng.randrange(len(letters))] = other
     kept = letters[:-1] if fault == "missing" else letters

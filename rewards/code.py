@@ -29,8 +29,10 @@ def passes_tests(
     processes: int = 8,
     sandbox: str = "bubblewrap",
     **columns: Any,
-) -> list[float]:
+) -> list[float | None]:
     """1.0 where the completion's program (its last fenced block, else all of it) passes the row's `tests`, else 0.0.
+
+    A row without tests gets None.
 
     tests: Python, a text or a list of texts, which calls the program's functions by name or, like HumanEval's, defines
     `check(candidate)` for the one that the column `entry_point` names. Copies of plain data (None, numbers, str, bytes,
@@ -41,7 +43,9 @@ def passes_tests(
     """
     box = Sandbox(seconds if command else seconds + 60, memory, processes, bare=sandbox == "none")
 
-    def score(position: int) -> bool:
+    def score(position: int) -> bool | None:
+        if tests[position] is None:
+            return None
         text, test = completion_text(completions[position]), tests[position]
         before = columns[prefix][position] if prefix else ""
         program = (re.findall(r"(?s)```[^\n]*\n(.*?)(?:```|\Z)", text) or [text])[-1]
@@ -55,7 +59,7 @@ def passes_tests(
         return _passes(box, prefix=before, program=program, tests=source, entry_point=entry, seconds=seconds)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return [float(passed) for passed in pool.map(score, range(len(completions)))]
+        return [None if passed is None else float(passed) for passed in pool.map(score, range(len(completions)))]
 
 
 def _passes(box: Sandbox, **job: Any) -> bool:

@@ -16,8 +16,10 @@ LIMIT = 3
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns, with the whole text, of every answer it gives up
 
 
-def correct(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float]:
+def correct(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
     r"""1.0 where the completion's answer equals the row's `answer` as mathematics, else 0.0.
+
+    A row without `answer` gets None.
 
     Of a text with GSM8K's mark, what follows the last `####` counts, in gold answers and completions alike; of
     others, what math-verify finds: `\boxed{...}`, LaTeX, "the answer is ...", the last number. A completion without a
@@ -30,7 +32,7 @@ def correct(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) ->
     [1.0, 0.0]
     """
     pairs = zip(completions, answer, strict=True)
-    return [float(_equal(str(gold), completion_text(completion))) for completion, gold in pairs]
+    return [None if gold is None else float(_equal(str(gold), completion_text(text))) for text, gold in pairs]
 
 
 @functools.lru_cache(maxsize=4096)  # a group's completions repeat each other, and share the gold answer
