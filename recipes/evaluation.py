@@ -65,16 +65,23 @@ def evaluate_after(run: Run, stage: Stage, folder: StageFolder) -> None:
             folder.results.parent.rename(folder.breached)
     if not folder.results.is_file():
         _roll_back(run, stage, folder, before)
-    rows = compare(load_results(before.results), load_results(folder.results))
+    start, base = load_results(before.results), run.folder.stage(None)
+    rows, tables = compare(start, load_results(folder.results)), {}
     step = max((row["step"] for row in read(folder.metrics)), default=0)
     note = [str(breach) for breach in breaches(rows, keep)]
     if folder.breached.is_dir():
         step = int(folder.rolled_back.read_text(encoding="utf-8"))
-        lost = breaches(compare(load_results(before.results), load_results(folder.breached / "results.json")), keep)
+        lost = compare(start, load_results(folder.breached / folder.results.name))
         where = f"step {step}" if step else "the weights that the stage started from"
-        note = [f"rolled back to {where}", *map(str, lost)]
+        note = [f"rolled back to {where}", *map(str, breaches(lost, keep))]
+        tables[before.name, folder.breached.name] = lost
     rows = [*held_out_rows(folder.held_out, step), *rows]
-    run.folder.add_tax(stage.name, before.name, rows, note)
+    tables[before.name, folder.results.parent.name] = rows
+    if before.name != base.name:
+        tables[base.name, folder.results.parent.name] = compare(
+            load_results(base.results), load_results(folder.results)
+        )
+    run.folder.add_tax(stage.name, tables, note)
     print_tax(rows, run.console, before=before.name, after=stage.name)
     for line in note:
         run.console.print(f"{stage.name}: {line}", style="bold red")

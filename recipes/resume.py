@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -93,12 +94,17 @@ class RunFolder:
         written = any(table["stage"] == stage.name for table in self._tables())
         return self.stage(stage).final.is_dir() and (written or not (stage.is_policy and self.recipe.evals.tasks))
 
-    def add_tax(self, stage: str, before: str, rows: list[TaxRow], note: list[str]) -> None:
-        """Write the stage's table, and what the gate says, into `tax.json`, in place of an earlier one of the stage."""
-        tables = [table for table in self._tables() if table["stage"] != stage]
-        tables.append({"stage": stage, "before": before, "after": stage, "rows": [row_to_json(row) for row in rows],
-                       "gate": note})  # fmt: skip
-        write_text(self.path / "tax.json", json.dumps(tables, indent=2) + "\n")
+    def add_tax(self, stage: str, tables: Mapping[tuple[str, str], Sequence[TaxRow]], gate: list[str]) -> None:
+        """Write a stage's tables into `tax.json`, in place of earlier ones.
+
+        tables: by the name of the policy before and the folder of the evals after. gate: what it says of the first.
+        """
+        kept = [table for table in self._tables() if table["stage"] != stage]
+        for (before, evals), rows in tables.items():
+            found = {"stage": stage, "before": before, "after": stage, "evals": evals, "gate": gate}
+            kept.append(found | {"rows": [row_to_json(row) for row in rows]})
+            gate = []
+        write_text(self.path / "tax.json", json.dumps(kept, indent=2) + "\n")
 
     def check_gate(self, stage: Stage) -> None:
         """Raise GateError where a finished stage broke a limit, and says `keep: stop`."""

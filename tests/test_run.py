@@ -147,7 +147,7 @@ def test_a_stage_is_done_when_its_table_is_written(tmp_path: Path) -> None:
     stage.final.mkdir(parents=True)
     stage.save_evals([], [])
     assert not folder.is_done(recipe.stages[0])
-    folder.add_tax("sft", "base", [])
+    folder.add_tax("sft", {("base", "evals"): []}, [])
     assert folder.is_done(recipe.stages[0])
     folder.close()
 

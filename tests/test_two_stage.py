@@ -130,9 +130,10 @@ def test_held_out_reward_and_evals_within_the_stage(whole: tuple[Path, Path, str
 
 def test_broken_limit_rolls_back_and_says_so(whole: tuple[Path, Path, str]) -> None:
     _, run, output = whole
-    sft, grpo = json.loads((run / "tax.json").read_text())
-    assert sft["gate"] and "rolled back to the weights that the stage started from" in grpo["gate"]
-    assert any(line.startswith("addition: ") for line in grpo["gate"])
+    sft, lost, grpo, whole_way = json.loads((run / "tax.json").read_text())
+    assert sft["gate"] and "rolled back to the weights that the stage started from" in lost["gate"]
+    assert any(line.startswith("addition: ") for line in lost["gate"]) and lost["evals"] == "evals-breached"
+    assert (grpo["before"], whole_way["before"], whole_way["after"]) == ("sft", "base", "grpo")
     assert [row["benchmark"] for row in grpo["rows"]] == ["held-out reward", "addition", "sorting", "skills"]
     assert grpo["rows"][0]["difference"] == 0 and (run / "04-grpo" / "evals-breached" / "results.json").is_file()
     weights = [load_file(run / stage / "final" / "model.safetensors") for stage in ("01-sft", "04-grpo")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from alignment.held_out import BENCHMARK
 from alignment.metrics import read
-from alignment.tax import load_results, row_from_json
+from alignment.tax import TaxRow, load_results, row_from_json
 from recipes.resume import StageFolder
 
 SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT, MOST_LOST = 4, 4, 3000, 5
@@ -77,7 +78,11 @@ def read_run(run_dir: Path) -> Run:
             f"{run_dir} is no run folder: it has no recipe.yaml; give the folder that `align run --output` wrote"
         )
     tables = _load(run_dir / "tax.json", json.loads) or []
-    tables = [table | {"rows": [row_from_json(row) for row in table["rows"]]} for table in tables]
+    tables = [
+        {"gate": [], "evals": "evals"} | table | {"rows": rows}
+        for table in tables
+        for rows in _scales(map(row_from_json, table["rows"]))
+    ]
     stages = [_stage(run_dir, number, *next(iter(s.items()))) for number, s in enumerate(recipe["stages"], start=1)]
     folders = {name.split("-", 1)[1]: run_dir / name for name in ("00-base", *(stage.folder for stage in stages))}
     return Run(
@@ -108,7 +113,8 @@ def _stage(run_dir: Path, number: int, kind: str, config: Mapping[str, Any]) -> 
 def _lost_items(table: Mapping[str, Any], folders: Mapping[str, Path]) -> list[LostItem]:
     """Of each benchmark that got worse, the items that lost most, if both evals are there to show them."""
     worse = {row.benchmark for row in table["rows"] if row.verdict < 0}
-    evals = [folders[name] / "evals" for name in (table["before"], table["after"]) if name in folders]
+    places = ((table["before"], "evals"), (table["after"], table["evals"]))
+    evals = [folders[name] / place for name, place in places if name in folders]
     paths = [folder / name for folder in evals for name in ("results.json", "samples.jsonl")]
     if not worse or len(paths) < 4 or not all(path.is_file() for path in paths):
         return []
@@ -121,6 +127,14 @@ def _lost_items(table: Mapping[str, Any], folders: Mapping[str, Path]) -> list[L
                 target, answers = str(pair[0]["target"]), map(_answer, pair)
                 lost.append(LostItem(old.task, pair[0]["arguments"][0][0], target, *answers))
     return lost
+
+
+def _scales(rows: Iterable[TaxRow]) -> list[list[TaxRow]]:
+    """Rewards and benchmarks apart: they have no scale in common."""
+    rewards, benchmarks = [], []
+    for row in rows:
+        (rewards if row.benchmark == BENCHMARK else benchmarks).append(row)
+    return [part for part in (rewards, benchmarks) if part]
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
