@@ -214,8 +214,12 @@ class SampleConfig(RolloutStageConfig):
 
     @model_validator(mode="after")
     def _trains_nothing(self) -> Self:
-        if unused := sorted(self.model_fields_set & (StageConfig.model_fields.keys() - {"name", "from_"})):
+        trained = StageConfig.model_fields.keys() - {"name", "from_"}
+        plain = StageConfig().model_dump()
+        if unused := sorted(key for key in trained if self.model_dump()[key] != plain[key]):
             raise ValueError(f"a `sample` stage trains nothing: remove `{unused[0]}`")
+        if any(reward.normalize == "running" for reward in self.rewards):
+            raise ValueError("scores of a `sample` stage would depend on the batches before: no `normalize: running`")
         return self
 
 
@@ -286,6 +290,8 @@ class EvalConfig(Config):
 
     @model_validator(mode="after")
     def _during_has_a_period(self) -> Self:
+        if self.keep and not self.tasks:
+            raise ValueError("`keep` limits benchmarks: it needs `tasks`")
         if self.during and "every" not in self.during:
             raise ValueError("`during` needs `every`, the steps between two evals")
         return self

@@ -31,6 +31,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     for file in filter(Path.is_file, folder.rglob("*")):
         with file.open("rb") as opened:
             os.fsync(opened)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(old)  # never half deleted under its name
     folder.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -115,18 +115,13 @@ def rollout_metrics(groups: list[Group], truncated: str = "train") -> dict[str, 
         metrics[f"reward/{name}/std"] = float(np.nanstd(part)) if not np.isnan(part).all() else float("nan")
     known = {name: np.concatenate([group.scores.parts[name] for group in groups]) for name in groups[0].scores.parts}
     for (a, left), (b, right) in combinations([*known.items(), ("length", lengths.astype(float).ravel())], 2):
-        metrics[f"correlation/{a},{b}"] = _correlation(left, right)
+        both = ~(np.isnan(left) | np.isnan(right))
+        if both.any() and np.ptp(left[both]) > 0 < np.ptp(right[both]):  # where one does not vary there is none
+            metrics[f"correlation/{a},{b}"] = float(np.corrcoef(left[both], right[both])[0, 1])
     logged = [group.scores.extra for group in groups]
     for name in dict.fromkeys(name for extra in logged for name, value in extra.items() if isinstance(value, float)):
         metrics[f"logged/{name}"] = float(np.mean([extra[name] for extra in logged if name in extra]))
     return metrics
-
-
-def _correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Pearson's, where both have a value; NaN where one of them does not vary."""
-    both = ~(np.isnan(left) | np.isnan(right))
-    varies = both.any() and np.ptp(left[both]) > 0 < np.ptp(right[both])
-    return float(np.corrcoef(left[both], right[both])[0, 1]) if varies else float("nan")
 
 
 def _mean(values: np.ndarray) -> float:

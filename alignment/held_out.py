@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alignment.batch import rewards_PG
 from alignment.files import write_text
 from alignment.protocols import Engine
 from alignment.tax import TaskResult, TaxRow, compare
@@ -27,6 +28,7 @@ class HeldOut:
 
     path: where each prompt's mean is kept, by step. Rewards that are normalised by a running mean are put on the scale
     that they have before the first step: every measurement of a stage then has the same one. fixed: the other scales.
+    truncated: as in the stage.
     """
 
     engine: Engine
@@ -36,6 +38,7 @@ class HeldOut:
     rewards: Sequence[RewardConfig]
     fixed: Mapping[str, tuple[float, float]]
     path: Path
+    truncated: str = "train"
 
     def measure(self, step: int) -> float:
         """The mean reward after `step` steps; the one before the first is measured once."""
@@ -45,7 +48,7 @@ class HeldOut:
             if not kept["values"]:
                 kept["scale"] = {r.label: _scale(groups, r.label) for r in self.rewards if r.normalize == "running"}
             normalize = RewardNormalizer(self.rewards, {**self.fixed, **kept["scale"]})
-            totals = [group.scores.total for group in normalize(groups)]
+            totals = rewards_PG(normalize(groups), self.truncated)
             mean = float(np.nanmean(totals))
             values = [mean if np.isnan(total).all() else float(np.nanmean(total)) for total in totals]
             kept["values"][str(step)] = values

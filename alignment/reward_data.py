@@ -93,31 +93,40 @@ def _scored(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Tra
 
 
 def judged_text(prompt: Text, completion: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """What is scored of a prompt and its completion: a chat, or a string with the end token, where there is one."""
-    end = tokenizer.eos_token or ""
+    """What is scored of a prompt and its completion: a chat, or a string with the end token, where there is one. A
+    transcript is a chat where the tokenizer has a template for it."""
     if not isinstance(prompt, str) or not isinstance(completion, str):
         return [*prompt, *completion]
-    return prompt + completion if completion.endswith(end) else prompt + completion + end
+    text, end = prompt + completion, tokenizer.eos_token or ""
+    if tokenizer.chat_template is not None and TURN.match(text):
+        _, *turns = TURN.split(text.removesuffix(end))
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        return [{"role": ROLES[who], "content": said.strip()} for who, said in pairs]
+    return text if text.endswith(end) else text + end
 
 
 def _pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Read:
-    sides = [_text(row, name, tokenizer) for name in ("chosen", "rejected")]
-    prompt = _text(row, "prompt", tokenizer) if row.get("prompt") is not None else None
-    if isinstance(sides[0], str) != isinstance(sides[1], str):
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    prompt = _text(row, "prompt") if row.get("prompt") is not None else None
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("`chosen` and `rejected` must both be strings or both be chats")
-    if prompt is None or isinstance(prompt, str) != isinstance(sides[0], str):  # the prompt is inside both sides
-        same = [left == right for left, right in zip(*sides, strict=False)]
-        prompt = sides[0][: [*same, False].index(False)]
-        prompt = prompt[: prompt.rfind(" ") + 1] if isinstance(prompt, str) else prompt
-        texts = tuple(judged_text(side[:0], side, tokenizer) for side in sides)
-    else:
-        texts = tuple(judged_text(prompt, side, tokenizer) for side in sides)
-    margin = row.get("margin")
-    return prompt, texts, (_number(row, "margin") if margin is not None else 0.0, 0.0)
+    if isinstance(chosen, str) and isinstance(prompt, list):
+        raise ValueError("`prompt` is a chat, and `chosen` and `rejected` are strings")
+    shared = prompt
+    if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):  # the prompt is inside both sides
+        same = [left == right for left, right in zip(chosen, rejected, strict=False)]
+        shared, prompt = chosen[: [*same, False].index(False)], chosen[:0]
+        if isinstance(shared, str):  # without words of the answers that happen to be the same
+            turn = shared.rfind("Assistant:")
+            shared = shared[: turn if turn >= 0 else shared.rfind(" ") + 1]
+        elif not shared:
+            raise ValueError("`chosen` and `rejected` share no message: give the `prompt` as a chat")
+    texts = tuple(judged_text(prompt, side, tokenizer) for side in (chosen, rejected))
+    return shared, texts, (_number(row, "margin") if row.get("margin") is not None else 0.0, 0.0)
 
 
 def _point(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Read:
-    prompt, completion = _text(row, "prompt", tokenizer), _text(row, "completion", tokenizer)
+    prompt, completion = _text(row, "prompt"), _text(row, "completion")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise ValueError("`prompt` and `completion` must both be strings or both be chats")
     if "label" in row and row["label"] not in (0, 1):
@@ -133,17 +142,12 @@ def _number(row: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _text(row: Mapping[str, Any], name: str, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A column as a string or a chat; a transcript becomes a chat. Raises ValueError where it is neither, or empty."""
+def _text(row: Mapping[str, Any], name: str) -> Text:
+    """A column: a string or a chat. Raises ValueError where it is neither, or its last turn is empty."""
     text = row[name]
-    if isinstance(text, str) and tokenizer.chat_template is not None and TURN.match(text):
-        _, *turns = TURN.split(text)
-        text = [
-            {"role": ROLES[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)
-        ]
     said = text[-1].get("content") if text and is_chat(text, f"`{name}`") else text
-    if name != "prompt" and not (said and (not isinstance(said, str) or said.strip())):
+    if name != "prompt" and isinstance(said, str) and TURN.match(said):
+        said = TURN.split(said)[-1]
+    if name != "prompt" and not (said.strip() if isinstance(said, str) else said):
         raise ValueError(f"`{name}` is empty")
-    if isinstance(text, str) and name != "prompt" and TURN.match(text) and not TURN.split(text)[-1].strip():
-        raise ValueError(f"`{name}` ends with an empty turn")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,7 +103,8 @@ class ModelReward:
         """The model's scores of a batch's texts: text is passed on, for its tokens may be others than the policy's."""
         self._allowed.wait()
         try:
-            return Reply(values=self._get(self.worker.score.remote(*(batch.columns[name] for name in TEXTS))))
+            scores = self._get(self.worker.score.remote(*(batch.columns[name] for name in TEXTS)))
+            return Reply(values=[score if math.isfinite(score) else f"returned {score}" for score in scores])
         except ray.exceptions.RayTaskError as error:
             return Reply(failure=describe(error))
 

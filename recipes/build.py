@@ -142,7 +142,11 @@ def _rollout_steps(run: Run, stage: Stage, rows: list[dict[str, Any]], folder: S
         return Work(steps, first, total, dict)
     first = _resume(run, folder, stream, normalize)
     steps = grpo(run.engine, stream, stage.grpo, sampling, scorer, first + 1, normalize)
-    measure = HeldOut(run.engine, held_out, sampling, scorer, config.rewards, fixed, folder.held_out) if share else None
+    measure = (
+        HeldOut(run.engine, held_out, sampling, scorer, config.rewards, fixed, folder.held_out, config.truncated)
+        if share
+        else None
+    )
     return Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": normalize.state()}, measure)
 
 

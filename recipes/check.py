@@ -80,10 +80,11 @@ def check_libraries(
     for index, stage in enumerate(recipe.stages):
         if index not in found and stage.data.from_ is None:
             _load(recipe, index, found, problems)
-        for number, reward in enumerate(stage.rollout.rewards if stage.rollout and index in found else ()):
+        columns = {"prompt", "completion", "score"} if stage.data.from_ else set().union(*found.get(index, ()))
+        for number, reward in enumerate(stage.rollout.rewards if stage.rollout and columns else ()):
             with problems.at(("stages", index, stage.kind, "rewards", number)):
                 if reward.function is not None:
-                    check_reward(reward, recipe.folder, set().union(*found[index]))
+                    check_reward(reward, recipe.folder, columns)
                 elif reward.path is not None:
                     from alignment.model import check_classifier
 

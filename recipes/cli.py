@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="align",
         description="Align a Mixture-of-Experts language model: SFT and online GRPO, with evals between the stages.",
-        epilog="Exit codes: 0 done; 1 the run failed; 2 the recipe or the command line is wrong; 130 interrupted.",
+        epilog="Exit codes: 0 done; 1 the run failed; 2 the recipe or the command line is wrong; "
+        "3 a stage broke a limit of `evals.keep`; 130 interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

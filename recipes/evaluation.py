@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,7 @@ def evaluate_within(run: Run, stage: Stage, folder: StageFolder, step: int, held
         row["scores"] = {line.benchmark: line.after for line in rows}
         for breach in breaches(rows, recipe.evals.keep):
             run.console.print(f"{stage.name}, step {step}: {breach}", style="yellow")
-    if stage.config.keep == "rollback" and recipe.evals.keep:
+    if stage.config.keep == "rollback" and recipe.evals.keep and held_out is not None:
         run.engine.save_final(folder.candidate(step))
     run.engine.take_metrics()  # a step's are its own
     row["seconds"] = time.perf_counter() - begun
@@ -82,6 +83,7 @@ def evaluate_after(run: Run, stage: Stage, folder: StageFolder) -> None:
             load_results(base.results), load_results(folder.results)
         )
     run.folder.add_tax(stage.name, tables, note)
+    shutil.rmtree(folder.candidates, ignore_errors=True)
     print_tax(rows, run.console, before=before.name, after=stage.name)
     for line in note:
         run.console.print(f"{stage.name}: {line}", style="bold red")
@@ -91,7 +93,7 @@ def _roll_back(run: Run, stage: Stage, folder: StageFolder, before: StageFolder)
     """Make what has the highest held-out reward and keeps every limit the stage's policy, else what it started from."""
     start = load_results(before.results)
     rewards = {row["step"]: row.get("reward/held_out") for row in read(folder.evals)} if folder.evals.is_file() else {}
-    for step in sorted((s for s in rewards if rewards[s] is not None), key=lambda step: (-rewards[step], step)):
+    for step in sorted((s for s in rewards if folder.candidate(s).is_dir()), key=lambda step: (-rewards[step], step)):
         run.engine.load(folder.candidate(step), run.folder.tokenizer, stage.config)
         evals = evaluate(run)
         broken = tuple(breaches(compare(start, evals[0]), run.recipe.evals.keep))

@@ -38,12 +38,13 @@ class StageFolder:
         self.results = path / "evals" / "results.json"
         self.evals = path / "evals.jsonl"
         self.held_out = path / "held_out.json"
+        self.candidates = path / "candidates"
         self.breached = path / "evals-breached"
         self.rolled_back = path / "rolled_back"
 
     def candidate(self, step: int) -> Path:
         """The weights after an eval within the stage, to which it may have to go back."""
-        return self.path / "candidates" / f"step-{step:08d}"
+        return self.candidates / f"step-{step:08d}"
 
     def save_evals(self, results: list[TaskResult], samples: list[dict[str, Any]]) -> None:
         """Every sample first, the results last: they say that the evals are complete."""
@@ -91,8 +92,10 @@ class RunFolder:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether its weights are there and, if there are evals, its table: the last thing that a stage writes."""
-        written = any(table["stage"] == stage.name for table in self._tables())
-        return self.stage(stage).final.is_dir() and (written or not (stage.is_policy and self.recipe.evals.tasks))
+        folder, tables = self.stage(stage), [table for table in self._tables() if table["stage"] == stage.name]
+        broken = any(table.get("gate") for table in tables) and not folder.rolled_back.is_file()
+        judged = bool(tables) and not (broken and stage.config.keep == "rollback")
+        return folder.final.is_dir() and (judged or not (stage.is_policy and self.recipe.evals.tasks))
 
     def add_tax(self, stage: str, tables: Mapping[tuple[str, str], Sequence[TaxRow]], gate: list[str]) -> None:
         """Write a stage's tables into `tax.json`, in place of earlier ones.

@@ -163,6 +163,8 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         if (most := 2 * most if pairs else most) > budget:
             what = "a pair" if pairs else "a sequence"
             yield key, f"{what} of {most} tokens does not fit `train.tokens_per_rank` ({budget})"
+        if stage.grpo and config.keep == "rollback" and recipe.evals.during and not stage.grpo.held_out:
+            yield (*key, "keep"), "`rollback` chooses a checkpoint by the reward on held-out prompts: set `held_out`"
         if config.capacity is not None and "devices" not in recipe.train.balance:
             yield (*key, "capacity"), "needs `train.balance.devices`: it limits a device's share of the experts"
         earlier[stage.name] = stage

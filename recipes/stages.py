@@ -132,13 +132,15 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
             progress.step(done.step, metrics)
             if done.groups:
                 append(folder.samples, _samples(done))
+            if work.held_out is not None and done.step == work.total:
+                work.held_out.measure(work.total)
             due = interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < work.total)
             if due and stage.sample is None:
                 extra = {"step": done.step, **work.state()}
                 run.engine.save_checkpoint(step_dir(folder.checkpoints, done.step), extra)
             if interrupted:
                 raise KeyboardInterrupt
-        if work.held_out is not None:
+        if work.held_out is not None and work.first == work.total:  # stopped right after the last step
             work.held_out.measure(work.total)
 
 

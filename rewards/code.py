@@ -43,6 +43,9 @@ def passes_tests(
     """
     box = Sandbox(seconds if command else seconds + 60, memory, processes, bare=sandbox == "none")
 
+    if command and not box.run(["sh", "-c", 'command -v "$0"', shlex.split(command)[0]]):
+        raise RuntimeError(f"the sandbox cannot run {command!r}: it sees the system's folders alone")
+
     def score(position: int) -> bool | None:
         if tests[position] is None:
             return None

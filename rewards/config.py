@@ -28,7 +28,7 @@ class RewardConfig(Config):
     normalize: Literal["running", "held_out"] | None = None
     """Subtract the mean and divide by the spread: of all scores so far, or of the reward model's held-out scores."""
     timeout: float = Field(60.0, gt=0)
-    """Seconds that one call may take."""
+    """Seconds that one call of a function may take."""
     on_error: Literal["stop", "mask"] = "stop"
     """A reward that raises, hangs or returns nonsense: end the run, or leave the completion out and count it."""
 

@@ -245,7 +245,7 @@ def _error(config: RewardConfig, groups: Sequence[Group], reply: Reply, values: 
             f": {whole} failed: {reply.failure}; with one at a time, the first {len(values)} passed. Look for what "
             "depends on the whole batch (its size, state, `timeout`)"
         )
-    error = RewardError(f"reward {config.label!r} ({config.function}){said}")
+    error = RewardError(f"reward {config.label!r} ({config.source}){said}")
     if reply.trace:
         error.add_note(reply.trace)
     return error

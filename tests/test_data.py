@@ -81,7 +81,7 @@ def test_columns_are_renamed_and_old_ones_stay_unless_overwritten(tmp_path):
         ("x.jsonl", '{"a": 1}', {"args": {"k": 1}}, ["x.jsonl", "`args`"]),
         ("y.jsonl", "", {"path": "x.jsonl"}, ["x.jsonl: no such file"]),
         ("y.jsonl", "", {"path": "./x"}, ["x: no such file"]),
-        ("y.jsonl", "", {"function": "a:b"}, ["exactly one of `path` and `function`"]),
+        ("y.jsonl", "", {"function": "a:b"}, ["exactly one of `path`, `function` and `from`"]),
     ],
 )
 def test_bad_data_is_an_error_that_says_where(tmp_path, name, content, settings, parts):

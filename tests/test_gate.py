@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from alignment.tax import TaskResult, TaxRow, compare, detectable_drop, tango_interval
 from recipes.gate import Breach, Candidate, breaches, choose_checkpoint, smallest_drops, undetectable, unknown_limits
+from recipes.schema import load_recipe
 
 
 def row(low: float, high: float, *, name: str = "bbh", higher: bool = True, group: bool = False) -> TaxRow:
@@ -128,3 +130,19 @@ def test_rollback_takes_the_highest_reward_that_keeps_every_limit():
         assert chosen is not None and chosen.step == 20
     assert choose_checkpoint([Candidate(1, -3.0, ()), Candidate(2, -2.0, ())]).step == 2
     assert choose_checkpoint([candidates[3], candidates[4]]) is None and choose_checkpoint([]) is None
+
+
+DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages.1.grpo.keep=rollback", "evals.during={every: 2}"], "stages.1.grpo.keep: .*set `held_out`"),
+        (["evals={keep: {addition: -0.1}}"], "evals: `keep` limits benchmarks: it needs `tasks`"),
+        (["evals.during={items: 2}"], "evals: `during` needs `every`"),
+    ],
+)
+def test_gate_that_could_not_work_is_refused(overrides: list[str], words: str):
+    with pytest.raises(ValueError, match=words):
+        load_recipe(DEMO, overrides)

@@ -24,7 +24,7 @@ from alignment.logprobs import token_scores
 from alignment.losses import pairwise_loss, pointwise_loss
 from alignment.policy import RankPolicy, RankRow
 from alignment.protocols import LossInputs
-from alignment.reward_data import Judged, make_judged_rows
+from alignment.reward_data import Judged, judged_text, make_judged_rows
 from alignment.reward_model import calibration_error, held_out_metrics, length_warning
 from hybrid_engine.checkpoint import save_final
 from hybrid_engine.loading import load_model
@@ -88,6 +88,16 @@ def test_transcripts_are_read_as_chats_where_there_is_a_template():
     assert odd in [ids[-1] for ids in read_ids([], kept + held, tok)]
 
 
+def test_prompt_and_sides_of_a_transcript_are_joined_before_it_is_read():
+    """As a `sample` stage writes them; the reward worker reads the same text."""
+    tok = tokenizer()
+    tok.chat_template = CHAT
+    row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " you too", "rejected": " no"}
+    kept, held, _ = make_judged_rows([row, *PAIRS], tok, config(), "rows")
+    assert tok("user: hi\nassistant: you too\n")["input_ids"] in [ids[0] for ids in read_ids([], kept + held, tok)]
+    assert judged_text(row["prompt"], row["chosen"], tok) == [user("hi"), assistant("you too")]
+
+
 BAD = {
     "equal sides": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "`chosen` and `rejected` are equal"),
     "equal tokens": ({"prompt": "a", "chosen": "b", "rejected": "b<eos>"}, "`chosen` and `rejected` are equal"),
@@ -95,6 +105,8 @@ BAD = {
     "empty chat": ({"prompt": "a", "chosen": [], "rejected": [assistant("x")]}, "`chosen` is empty"),
     "empty turn": ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "empty"),
     "mixed": ({"chosen": "b", "rejected": [assistant("x")]}, "must both be"),
+    "chat and strings": ({"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}, "is a chat"),
+    "no prompt": ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}, "share no message"),
     "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.inf}, "finite number"),
 }  # fmt: skip
 

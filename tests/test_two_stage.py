@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from test_run import align, finish, metrics, wait_for_step
 from transformers import AutoModelForSequenceClassification
+
+from recipes.resume import RunFolder
+from recipes.schema import load_recipe
 
 RECIPE = """
 name: small
@@ -150,6 +152,22 @@ def test_broken_limit_stops_with_its_own_exit_code(whole: tuple[Path, Path, str]
     finish(align("run", str(recipe), "--output", str(run), "--accept-changes"))
 
 
+def test_recipe_of_the_run_folder_is_a_recipe(whole: tuple[Path, Path, str]) -> None:
+    assert load_recipe(whole[1] / "recipe.yaml").recipe.stages[1].sample.completions == 4
+
+
+def test_stopped_stage_goes_back_once_the_recipe_says_so(whole: tuple[Path, Path, str], tmp_path: Path) -> None:
+    recipe = load_recipe(whole[0]).recipe
+    folder = RunFolder(tmp_path / "run", recipe, accept_changes=False)
+    grpo = recipe.stages[3]
+    folder.stage(grpo).final.mkdir(parents=True)
+    folder.add_tax("grpo", {("sft", "evals"): []}, ["addition: too low"])
+    assert not folder.is_done(grpo)  # its recipe says `rollback`, and it has not gone back
+    folder.stage(grpo).rolled_back.write_text("0")
+    assert folder.is_done(grpo)
+    folder.close()
+
+
 @pytest.mark.slow
 def test_kills_in_sampling_and_in_the_reward_model_change_nothing(
     whole: tuple[Path, Path, str], tmp_path: Path
@@ -166,4 +184,3 @@ def test_kills_in_sampling_and_in_the_reward_model_change_nothing(
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True), stage
     same = ("02-sample/final/rows.jsonl", "tax.json")
     assert all((run / name).read_text() == (whole[1] / name).read_text() for name in same)
-    yaml.safe_load((run / "recipe.yaml").read_text())

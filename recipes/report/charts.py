@@ -80,7 +80,7 @@ def checkpoint_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         values = {"reward/held-out reward": row.get("reward/held_out")}
-        for name, value in (values | {f"score/{name}": mean for name, mean in row["scores"].items()}).items():
+        for name, value in (values | {f"score/{name}": mean for name, mean in row.get("scores", {}).items()}).items():
             if value is not None:
                 found.setdefault(name, []).append((row["step"], value))
     reward = {name: points for name, points in found.items() if name.startswith("reward/")}
