@@ -133,7 +133,8 @@ def test_the_run_folder_holds_what_the_readme_says(whole: tuple[Path, Path, str]
     assert sample["logged"] == {"length": len(sample["completion"])}
     assert row["logged/progress"] == 5 / 6  # TRL counts the steps before this one
     tables = json.loads((run / "tax.json").read_text())
-    assert [(table["before"], table["stage"]) for table in tables] == [("base", "sft"), ("sft", "grpo"), ("base", "grpo")]
+    ends = [(table["before"], table["after"]) for table in tables]
+    assert ends == [("base", "sft"), ("sft", "grpo"), ("base", "grpo")]
     fields = {"benchmark", "before", "after", "difference", "low", "high", "gained", "lost", "n"}
     assert all(fields <= row.keys() and row["n"] == 40 for table in tables for row in table["rows"])
     assert "addition" in output and "sft → grpo" in output
