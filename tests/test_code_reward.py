@@ -126,13 +126,17 @@ def test_tests_that_are_no_python_are_an_error() -> None:
         ("/usr/bin/env bash -c", 'read a b; echo "$((a + b))"', [1.0, 1.0, 0.0]),
         ("/usr/bin/env bash -c", "echo 5", [1.0, 0.0, 0.0]),
         (" ".join(PYTHON), "print(sum(map(int, input().split())))", [1.0, 1.0, 0.0]),
-        ("no-such-compiler", "1", [0.0, 0.0, 0.0]),
     ],
 )
 def test_another_language_reads_input_and_prints(command: str, program: str, expected: list[float]) -> None:
     cases = [{"input": "2 3\n", "output": "5"}, {"input": "4 5", "output": "9\n"}, {"input": "1 1", "output": "3"}]
     tests = [cases[:1], cases[:2], cases]
     assert passes_tests(completions=[program] * 3, tests=tests, command=command) == expected
+
+
+def test_compiler_that_the_sandbox_lacks_is_an_error_and_no_score() -> None:
+    with pytest.raises(RuntimeError, match="cannot run 'no-such-compiler'"):
+        passes_tests(completions=["1"], tests=[[{"input": "", "output": ""}]], command="no-such-compiler")
 
 
 @pytest.fixture
