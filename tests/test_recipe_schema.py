@@ -16,6 +16,7 @@ from rewards.config import RewardConfig
 from rollout.config import Config, RolloutConfig
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
+SOURCE, KIND = "exactly one of `path`, `function` and `from`", "exactly one of: sft, reward_model, sample, grpo"
 GOOD = """\
 name: small
 model: {init: {}}
@@ -93,7 +94,7 @@ MISTAKES = {
         "exactly one of `epochs`",
     ),
     "no model": ("{init: {}}", "{}", 2, "model", "exactly one of `path` and `init`"),
-    "no data": ("{path: prompts.jsonl}", "{}", 13, "stages.1.grpo.prompts", "one of `path`, `function` and `from`"),
+    "no data": ("{path: prompts.jsonl}", "{}", 13, "stages.1.grpo.prompts", SOURCE),
     "indivisible": (
         "      steps: 10",
         "      steps: 10\n      prompts_per_step: 10\n      updates_per_batch: 4",
@@ -156,7 +157,7 @@ MISTAKES = {
     ),
     "capacity of what": ("      steps: 10", "      steps: 10\n      capacity: 1", 16, "capacity", "`train.balance"),
     "no stage": (GOOD[GOOD.index("  - sft") :], "  []\n", 5, "stages", "at least 1 item"),
-    "two kinds": ("      max_new_tokens: 16", "    sft: {}", 11, "stages.1", "one of: sft, reward_model, sample, grpo"),
+    "two kinds": ("      max_new_tokens: 16", "    sft: {}", 11, "stages.1", KIND),
 }
 
 
