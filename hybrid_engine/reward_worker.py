@@ -46,10 +46,9 @@ class RewardWorker(Worker):
         """One score per completion. Raises ValueError for a text that is longer than the model's context."""
         if self._model is None:
             self._load()
-        encoded = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            text = judged_text(prompt, completion, self._tokenizer)
-            encoded.append(encode_text(text, encode_strings([text], self._tokenizer), self._tokenizer, "the text"))
+        texts = [judged_text(*both, self._tokenizer) for both in zip(prompts, completions, strict=True)]
+        strings = encode_strings(texts, self._tokenizer)
+        encoded = [encode_text(text, strings, self._tokenizer, "the text") for text in texts]
         longest, context = max(map(len, encoded)), self._model.config.get_text_config().max_position_embeddings
         if longest > context:
             raise ValueError(f"a text has {longest} tokens, the reward model's context is {context}")

@@ -12,7 +12,7 @@ from alignment.held_out import HeldOut, held_out_rows
 from alignment.metrics import read
 from alignment.tax import TaskResult, compare, load_results
 from recipes.build import Run
-from recipes.gate import Candidate, breaches, choose_checkpoint
+from recipes.gate import Breach, breaches, choose_checkpoint
 from recipes.progress import print_tax
 from recipes.resume import StageFolder, append
 from recipes.schema import Stage
@@ -58,17 +58,17 @@ def evaluate_after(run: Run, stage: Stage, folder: StageFolder) -> None:
     """Compare a finished stage with the policy that it started from, and go back where it broke a limit that its recipe
     wants kept by `rollback`. Whatever of it an earlier process did is not done again."""
     before, keep = run.folder.stage(run.recipe.start_of(stage)), run.recipe.evals.keep
+    start, base, tables = load_results(before.results), run.folder.stage(None), {}
     if not folder.results.is_file() and not folder.breached.is_dir():
         folder.save_evals(*evaluate(run))
-    if folder.results.is_file() and not folder.breached.is_dir():
-        broken = breaches(compare(load_results(before.results), load_results(folder.results)), keep)
+    if not folder.breached.is_dir():
+        broken = breaches(compare(start, load_results(folder.results)), keep)
         if broken and stage.config.keep == "rollback":
             folder.results.parent.rename(folder.breached)
     if not folder.results.is_file():
         _roll_back(run, stage, folder, before)
-    start, base = load_results(before.results), run.folder.stage(None)
-    rows, tables = compare(start, load_results(folder.results)), {}
-    step = max((row["step"] for row in read(folder.metrics)), default=0)
+    after, step = load_results(folder.results), max((row["step"] for row in read(folder.metrics)), default=0)
+    rows = compare(start, after)
     note = [str(breach) for breach in breaches(rows, keep)]
     if folder.breached.is_dir():
         step = int(folder.rolled_back.read_text(encoding="utf-8"))
@@ -79,9 +79,7 @@ def evaluate_after(run: Run, stage: Stage, folder: StageFolder) -> None:
     rows = [*held_out_rows(folder.held_out, step), *rows]
     tables[before.name, folder.results.parent.name] = rows
     if before.name != base.name:
-        tables[base.name, folder.results.parent.name] = compare(
-            load_results(base.results), load_results(folder.results)
-        )
+        tables[base.name, folder.results.parent.name] = compare(load_results(base.results), after)
     run.folder.add_tax(stage.name, tables, note)
     shutil.rmtree(folder.candidates, ignore_errors=True)
     print_tax(rows, run.console, before=before.name, after=stage.name)
@@ -91,18 +89,19 @@ def evaluate_after(run: Run, stage: Stage, folder: StageFolder) -> None:
 
 def _roll_back(run: Run, stage: Stage, folder: StageFolder, before: StageFolder) -> None:
     """Make what has the highest held-out reward and keeps every limit the stage's policy, else what it started from."""
-    start = load_results(before.results)
+    start, found = load_results(before.results), {}
     rewards = {row["step"]: row.get("reward/held_out") for row in read(folder.evals)} if folder.evals.is_file() else {}
-    for step in sorted((s for s in rewards if folder.candidate(s).is_dir()), key=lambda step: (-rewards[step], step)):
+
+    def broken(step: int) -> list[Breach]:
         run.engine.load(folder.candidate(step), run.folder.tokenizer, stage.config)
-        evals = evaluate(run)
-        broken = tuple(breaches(compare(start, evals[0]), run.recipe.evals.keep))
-        if choose_checkpoint([Candidate(step, rewards[step], broken)]) is not None:
-            break
-    else:
-        step, evals = 0, (start, read(before.results.with_name("samples.jsonl")))
+        found[step] = evaluate(run)
+        return breaches(compare(start, found[step][0]), run.recipe.evals.keep)
+
+    step = choose_checkpoint({at: reward for at, reward in rewards.items() if folder.candidate(at).is_dir()}, broken)
+    if step is None:
+        step, found[0] = 0, (start, read(before.results.with_name("samples.jsonl")))
         weights = before.final if before.final.is_dir() else run.start
         run.engine.load(weights, run.folder.tokenizer, stage.config)
     run.engine.save_final(folder.final)
     folder.rolled_back.write_text(str(step), encoding="utf-8")
-    folder.save_evals(*evals)
+    folder.save_evals(*found[step])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from alignment.tax import TaxRow, detectable_drop
@@ -21,15 +21,6 @@ class Breach:
 
     def __str__(self) -> str:
         return f"{self.benchmark}: {self.low:+.3f} … {self.high:+.3f} lies below its limit of {self.limit:+g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A checkpoint after a full eval: its step, its reward on held-out prompts (if there is one), the broken limits."""
-
-    step: int
-    reward: float | None
-    breaches: tuple[Breach, ...]
 
 
 def breaches(rows: Iterable[TaxRow], keep: Mapping[str, float]) -> list[Breach]:
@@ -66,7 +57,10 @@ def undetectable(keep: Mapping[str, float], drops: Mapping[str, float]) -> list[
     ]
 
 
-def choose_checkpoint(candidates: Iterable[Candidate]) -> Candidate | None:
-    """Of those that break no limit the one with the highest held-out reward, of equals the earliest; None: go back."""
-    kept = [c for c in candidates if not c.breaches and c.reward is not None and math.isfinite(c.reward)]
-    return max(kept, key=lambda candidate: (candidate.reward, -candidate.step), default=None)
+def choose_checkpoint(rewards: Mapping[int, float | None], broken: Callable[[int], Sequence[Breach]]) -> int | None:
+    """The step with the highest reward on held-out prompts that breaks no limit, of equals the earliest; None: go back.
+
+    broken: the limits that a step's full eval breaks; asked from the highest reward on, until a step breaks none.
+    """
+    known = {step: reward for step, reward in rewards.items() if reward is not None and math.isfinite(reward)}
+    return next((step for step in sorted(known, key=lambda step: (-known[step], step)) if not broken(step)), None)

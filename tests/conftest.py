@@ -1,10 +1,12 @@
-"""Markers, and where the real data lies."""
+"""Markers, where the real data lies, and a run folder to look at."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from fake_run import fake_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,3 +33,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at ../shared/data (looked for {folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture
+def run_dir(demo_run: Path, tmp_path: Path) -> Path:
+    """A run folder of the demo that a test may change."""
+    return Path(shutil.copytree(demo_run, tmp_path / "run"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignment.tax import TaskResult, TaxRow, compare, detectable_drop, tango_interval
-from recipes.gate import Breach, Candidate, breaches, choose_checkpoint, smallest_drops, undetectable, unknown_limits
+from recipes.gate import Breach, breaches, choose_checkpoint, smallest_drops, undetectable, unknown_limits
 from recipes.schema import load_recipe
 
 
@@ -115,21 +115,20 @@ def test_the_drop_of_a_group_is_about_the_one_that_its_interval_can_show():
 
 
 def test_rollback_takes_the_highest_reward_that_keeps_every_limit():
-    broken = (Breach("bbh", -0.02, -0.2, -0.1),)
-    candidates = [
-        Candidate(10, 0.2, ()),
-        Candidate(20, 0.6, ()),
-        Candidate(30, 0.4, ()),
-        Candidate(40, 0.9, broken),
-        Candidate(50, math.nan, ()),
-        Candidate(60, None, ()),
-        Candidate(70, 0.6, ()),
-    ]
-    for order in (candidates, candidates[::-1]):
-        chosen = choose_checkpoint(order)
-        assert chosen is not None and chosen.step == 20
-    assert choose_checkpoint([Candidate(1, -3.0, ()), Candidate(2, -2.0, ())]).step == 2
-    assert choose_checkpoint([candidates[3], candidates[4]]) is None and choose_checkpoint([]) is None
+    breach = [Breach("bbh", -0.02, -0.2, -0.1)]
+    rewards = {10: 0.2, 20: 0.6, 30: 0.4, 40: 0.9, 50: math.nan, 60: None, 70: 0.6}
+    asked: list[int] = []
+
+    def broken(step: int) -> list[Breach]:
+        asked.append(step)
+        return breach if step == 40 else []
+
+    for order in (rewards, dict(reversed(rewards.items()))):
+        asked.clear()
+        assert choose_checkpoint(order, broken) == 20
+        assert asked == [40, 20], "a full eval is dear: no more of them than it takes"
+    assert choose_checkpoint({1: -3.0, 2: -2.0}, broken) == 2
+    assert choose_checkpoint({40: 0.9, 50: math.nan}, broken) is None and choose_checkpoint({}, broken) is None
 
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"

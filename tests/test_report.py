@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_run import DEMO, fake_run
+from fake_run import DEMO
 
 from alignment.metrics import MetricsLog
 from alignment.tax import row_from_json
@@ -50,16 +50,6 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs") / "demo")
-
-
-@pytest.fixture
-def run_dir(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 def render(folder: Path) -> tuple[str, Page]:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
-import pytest
 from eval_fakes import BigramSampler
-from fake_run import fake_run
 from test_evals import CHOICE, GENERATE, LETTERS, run, write_task
 from test_report import render
 
@@ -17,16 +13,6 @@ from alignment.tax import TaskResult, compare, load_results, row_to_json, save_r
 from recipes.report.charts import checkpoint_charts
 from recipes.report.data import read_run
 from recipes.resume import StageFolder
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs") / "demo")
-
-
-@pytest.fixture
-def run_dir(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 def test_the_line_of_a_group_is_marked_and_intervals_say_how_many_hold_at_once(run_dir):

@@ -58,12 +58,17 @@ def digits(prompts, completions, completion_ids, answer, trainer_state=None, log
 '''
 
 
-def write_recipe(folder: Path) -> Path:
+def write_recipe(folder: Path, recipe: str = RECIPE, rewards: str = REWARDS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tasks = Path(__file__).resolve().parent.parent / "recipes" / "tasks"
-    (folder / "my_rewards.py").write_text(REWARDS)
-    (folder / "small.yaml").write_text(RECIPE.replace("TASKS", str(tasks)))
+    (folder / "my_rewards.py").write_text(rewards)
+    (folder / "small.yaml").write_text(recipe.replace("TASKS", str(tasks)))
     return folder / "small.yaml"
+
+
+def run_whole(folder: Path, recipe: Path) -> tuple[Path, Path, str]:
+    """Recipe, run folder and output of an uninterrupted run."""
+    return recipe, folder / "run", finish(align("run", str(recipe), "--output", str(folder / "run")))
 
 
 def align(*arguments: str) -> subprocess.Popen:
@@ -110,10 +115,8 @@ def assert_nothing_left(pids: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Recipe, run folder and output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    recipe, run = write_recipe(folder), folder / "run"
-    return recipe, run, finish(align("run", str(recipe), "--output", str(run)))
+    return run_whole(folder, write_recipe(folder))
 
 
 def test_the_run_folder_holds_what_the_readme_says(whole: tuple[Path, Path, str]) -> None:
@@ -133,7 +136,7 @@ def test_the_run_folder_holds_what_the_readme_says(whole: tuple[Path, Path, str]
     assert sample["logged"] == {"length": len(sample["completion"])}
     assert row["logged/progress"] == 5 / 6  # TRL counts the steps before this one
     tables = json.loads((run / "tax.json").read_text())
-    ends = [(table["before"], table["after"]) for table in tables]
+    ends = [(table["before"], table["stage"]) for table in tables]
     assert ends == [("base", "sft"), ("sft", "grpo"), ("base", "grpo")]
     fields = {"benchmark", "before", "after", "difference", "low", "high", "gained", "lost", "n"}
     assert all(fields <= row.keys() and row["n"] == 40 for table in tables for row in table["rows"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import align, finish, metrics, wait_for_step
+from test_run import align, finish, metrics, run_whole, wait_for_step, write_recipe
 from transformers import AutoModelForSequenceClassification
 
 from recipes.resume import RunFolder
@@ -36,7 +36,7 @@ stages:
       keep: warn
   - sample:
       prompts: {function: "recipes.skills:skill_prompts", args: {skill: reversing, count: 90}}
-      rewards: [{function: "rules.py:letters", name: letters}]
+      rewards: [{function: "my_rewards.py:letters", name: letters}]
       prompts_per_step: 40
       completions: 4
       max_new_tokens: 8
@@ -53,7 +53,7 @@ stages:
       prompts: {function: "recipes.skills:skill_prompts", args: {skill: reversing, count: 200}}
       rewards:
         - {model: judge, normalize: running}
-        - {function: "rules.py:letters", weight: 0.1}
+        - {function: "my_rewards.py:letters", weight: 0.1}
       steps: 5
       prompts_per_step: 8
       completions: 4
@@ -69,14 +69,6 @@ def letters(completions, **kwargs):
 """
 
 
-def write_recipe(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = Path(__file__).resolve().parent.parent / "recipes" / "tasks"
-    (folder / "rules.py").write_text(RULES)
-    (folder / "small.yaml").write_text(RECIPE.replace("TASKS", str(tasks)))
-    return folder / "small.yaml"
-
-
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -84,8 +76,7 @@ def rows(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("whole")
-    recipe, run = write_recipe(folder), folder / "run"
-    return recipe, run, finish(align("run", str(recipe), "--output", str(run)))
+    return run_whole(folder, write_recipe(folder, RECIPE, RULES))
 
 
 def test_completions_become_preferences_and_a_reward_model(whole: tuple[Path, Path, str]) -> None:
@@ -107,7 +98,7 @@ def test_completions_become_preferences_and_a_reward_model(whole: tuple[Path, Pa
 def test_the_reward_models_score_is_the_reward(whole: tuple[Path, Path, str]) -> None:
     _, run, _ = whole
     keys = set().union(*metrics(run, "04-grpo"))  # where one of two does not vary, a step has no correlation
-    assert {"reward/judge", "reward/judge/std", "correlation/judge,letters", "correlation/letters,length"} <= keys
+    assert {"reward/judge", "reward/judge/std", "correlation/judge,letters", "correlation/judge,length"} <= keys
     sample = rows(run / "04-grpo" / "samples.jsonl")[0]
     model = AutoModelForSequenceClassification.from_pretrained(run / "03-judge" / "final")
     from transformers import AutoTokenizer
@@ -172,7 +163,7 @@ def test_stopped_stage_goes_back_once_the_recipe_says_so(whole: tuple[Path, Path
 def test_kills_in_sampling_and_in_the_reward_model_change_nothing(
     whole: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
-    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    recipe, run = write_recipe(tmp_path, RECIPE, RULES), tmp_path / "run"
     for stage, step in (("02-sample", 1), ("03-judge", 3), ("04-grpo", 3)):
         process = align("run", str(recipe), "--output", str(run))
         wait_for_step(run, stage, step, process)
