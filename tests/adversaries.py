@@ -79,7 +79,10 @@ def answer():
     texts = [*sys.argv, *map(str, vars(sys.modules["__main__"]).values())]
     for folder, _, names in os.walk("/proc"):
         if "cmdline" in names:
-            texts.append(open(os.path.join(folder, "cmdline"), errors="replace").read())
+            try:
+                texts.append(open(os.path.join(folder, "cmdline"), errors="replace").read())
+            except OSError:
+                pass  # that process has ended in between
     return 4321 if any("== 43" + "21" in text for text in texts) else 0
 """)
 """Each passes where the tests run in the program's process."""
