@@ -30,7 +30,9 @@ from recipes.schema import load_recipe
 def sampled(task: str, folder: Path) -> str:
     """A task of the recipe as one of `folder` that samples its answers."""
     path = RECIPE.parent / task
-    text = f"include: {path}\ngeneration_kwargs: {{until: ['\\n'], max_gen_toks: 16, do_sample: true, temperature: 1.0}}\n"
+    text = (
+        f"include: {path}\ngeneration_kwargs: {{until: ['\\n'], max_gen_toks: 16, do_sample: true, temperature: 1.0}}\n"
+    )
     (folder / path.name).write_text(text, encoding="utf-8")
     return str(folder / path.name)
 

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import pytest
 import tiny
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from hybrid_engine.layout import rollout_ranks
 from rollout.config import RolloutConfig
-from rollout.vllm.environment import environment
+from rollout.vllm.environment import environment, installed
+
+CAPABLE = installed().device == "cuda" or installed().version >= (0, 32)
+"""vLLM's CPU build before 0.32 has no MLA, tells no routes, has no engines of several ranks, and packs no experts."""
+needs_capable_vllm = pytest.mark.skipif(not CAPABLE, reason="vLLM's CPU build cannot do this before 0.32")
 
 
 class EngineHost:

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from engine_host import EngineGroup, EngineHost
+from engine_host import EngineGroup, EngineHost, needs_capable_vllm
 from ranks import run_ranks
 
 from alignment.config import TrainConfig
@@ -42,9 +42,20 @@ ROLLOUT = {
     "DP 2, EP": {"data": 2, "expert": True},
 }
 VERSIONS = (1, 2, 3)
+
+
+def config(rollout: str) -> RolloutConfig:
+    return RolloutConfig(max_length=96, max_num_seqs=32, memory=0.1, bucket_mb=1, **ROLLOUT[rollout])
+
+
 slow = pytest.mark.slow
 CELLS = [
-    pytest.param(family, training, rollout, marks=() if quick else slow)
+    pytest.param(
+        family,
+        training,
+        rollout,
+        marks=[slow] * (not quick) + [needs_capable_vllm] * (config(rollout).world > 1),
+    )
     for family, fast in (
         ("deepseek", {("shard 2, expert 2", "TP 2, EP"), ("shard 2, expert 2", "DP 2, EP")}),
         ("qwen3_moe", set()),
@@ -53,10 +64,6 @@ CELLS = [
     for training in TRAINING
     for quick in [(training, rollout) in fast]
 ]
-
-
-def config(rollout: str) -> RolloutConfig:
-    return RolloutConfig(max_length=96, max_num_seqs=32, memory=0.1, bucket_mb=1, **ROLLOUT[rollout])
 
 
 @functools.cache

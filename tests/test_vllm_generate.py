@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from engine_host import EngineHost, shared
+from engine_host import EngineHost, needs_capable_vllm, shared
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rollout.config import RolloutConfig
@@ -93,6 +93,7 @@ def own_routes(model: PreTrainedModel, token_ids: np.ndarray) -> np.ndarray:
     return torch.stack(chosen, 1).sort(-1).values.numpy()
 
 
+@needs_capable_vllm
 def test_routes_are_those_of_transformers_also_of_cached_prefixes(host: EngineHost, reference: PreTrainedModel) -> None:
     """Twice: what the second round reads from the cache keeps the experts of the first; and after a hand-over.
 
