@@ -38,7 +38,7 @@ def test_the_recipe_on_real_files_runs(shared_data: Path, tmp_path: Path) -> Non
     steps = metrics(tmp_path / "run", "02-grpo")
     assert len(steps) == 2
     assert all({"reward/correct", "reward/form", "mismatch/k3"} <= step.keys() for step in steps if step["updates"])
-    for task in ("boolean_expressions", "multistep_arithmetic_two", "object_counting", "navigate"):
+    for task in ("boolean_expressions", "multistep_arithmetic_two", "object_counting", "navigate", "humaneval"):
         assert task in output
 
 
