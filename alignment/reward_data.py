@@ -6,17 +6,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from alignment.config import RewardModelConfig
 from rollout.prompts import encode_strings, encode_text, fingerprint, is_chat, is_held_out
 from rollout.types import Text, Trajectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 Read = tuple[Any, tuple[Text, ...], tuple[float, ...]]
