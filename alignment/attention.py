@@ -4,8 +4,6 @@ Everything but attention runs on a flat row of N nodes without padding; attentio
 into [R, S], S the longest tree of the micro-batch, under the mask `j <= i < end[j]` (see `alignment.tree`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -8,8 +8,6 @@ over the whole batch: micro-batches and ranks add up.
 Letters: L layers, E routed experts, D devices (groups of E / D experts), T tokens of the batch, K experts of a token.
 """
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass
 from typing import Any, Self

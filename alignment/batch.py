@@ -1,7 +1,5 @@
 """From scored groups to training rows: who carries loss, with which advantage and weight; and who computes what."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """An lm-eval model over the `Sampler` protocol, and how it turns an item into tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The lm-eval door: a recipe's benchmarks, by name or from YAML files with local data, asked of any `Sampler`."""
 
-from __future__ import annotations
-
 import logging
 import math
 import random

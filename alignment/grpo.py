@@ -1,7 +1,5 @@
 """Online GRPO (DeepSeek-V2 section 4.2, eq. 32-34): the step, top to bottom."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The reward of a GRPO stage on prompts that it does not train on, before, within and after it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

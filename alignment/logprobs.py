@@ -1,7 +1,5 @@
 """Log-probabilities of a micro-batch's tokens under a Transformers causal LM."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint

@@ -1,7 +1,5 @@
 """One training rank's share of the policy: log-probabilities and updates of the rows that it is given."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

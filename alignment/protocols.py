@@ -1,7 +1,5 @@
 """What one step of a stage needs; `hybrid_engine` implements it, tests fake it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Preference data and judged completions as what a reward model scores: TRL's formats, and transcripts."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Reward models (DeepSeek-V2 section 4.2): the same engine and rows, a pair-wise or a point-wise loss on one score."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 

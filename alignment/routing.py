@@ -5,8 +5,6 @@ few tokens reach other experts, and their log-probabilities differ by far more t
 computes with the sampler's experts, and gradients still flow through the gate weights, recomputed from its own logits.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Scored completions as data: rows, preference pairs (DeepSeek-V2 section 4.2) and the best of each prompt."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Supervised fine-tuning on the same engine, rows and losses' form as every other objective."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from alignment.config import DatasetStageConfig, SFTConfig

@@ -1,7 +1,5 @@
 """SFT rows as trajectories: TRL's formats, tokenised and masked as TRL's SFTTrainer does it."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping, Sequence

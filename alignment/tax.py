@@ -1,7 +1,5 @@
 """What a stage gave and what it cost: paired comparison of two evals of the same items."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

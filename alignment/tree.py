@@ -10,8 +10,6 @@ mask of a group's tree, of a single sequence (a tree without branches), and of m
 Letters: N nodes, M edges (node -> next token, each predicted once), C loss-carrying tokens, R trees, S longest tree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
