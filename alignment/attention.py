@@ -4,15 +4,13 @@ Everything but attention runs on a flat row of N nodes without padding; attentio
 into [R, S], S the longest tree of the micro-batch, under the mask `j <= i < end[j]` (see `alignment.tree`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 TREE_ATTENTION = "token_tree"
 
@@ -71,11 +69,8 @@ def tree_attention(
             raise ValueError(f"{type(module).__name__} uses {feature}, which training here does not support")
     # [1, heads, N, dim] -> [R, heads, S, dim]
     q, k, v = (x[0].transpose(0, 1)[tree.gather].transpose(1, 2) for x in (query, key, value))
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    output = scaled_dot_product_attention(q, k, v, attn_mask=tree.mask, dropout_p=dropout, scale=scaling)
-    flat = output.transpose(1, 2).flatten(0, 1)[tree.scatter]
-    return flat[None], None
+    output, _ = sdpa_attention_forward(module, q, k, v, tree.mask, dropout=dropout, scaling=scaling)
+    return output.flatten(0, 1)[tree.scatter][None], None
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

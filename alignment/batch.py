@@ -1,7 +1,5 @@
 """From scored groups to training rows: who carries loss, with which advantage and weight; and who computes what."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,17 +28,13 @@ def group_advantages(rewards_PG: np.ndarray, *, scale: bool) -> np.ndarray:
     scale=False subtracts the mean alone. NaN rewards have left their group: they enter neither mean nor
     std and their advantage is 0. A group with fewer than two rewards left has no advantage: all 0.
     """
-    present_PG = ~np.isnan(rewards_PG)
-    count_P1 = present_PG.sum(axis=1, keepdims=True)
-    filled_PG = np.where(present_PG, rewards_PG, 0.0)
-    mean_P1 = filled_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
-    centred_PG = np.where(present_PG, filled_PG - mean_P1, 0.0)
+    present_PG = np.ma.masked_invalid(rewards_PG)
+    centred_PG = (present_PG - present_PG.mean(axis=1, keepdims=True)).filled(0.0)
     # Equal rewards such as 0.1 leave rounding errors around the mean, which a division by the tiny std would blow up.
-    highest_P1 = np.where(present_PG, rewards_PG, -np.inf).max(axis=1, keepdims=True)
-    lowest_P1 = np.where(present_PG, rewards_PG, np.inf).min(axis=1, keepdims=True)
-    centred_PG = np.where(highest_P1 > lowest_P1, centred_PG, 0.0)
+    centred_PG = np.where(present_PG.ptp(axis=1, keepdims=True).filled(0.0) > 0, centred_PG, 0.0)
     if not scale:
         return centred_PG
+    count_P1 = present_PG.count(axis=1, keepdims=True)
     variance_P1 = (centred_PG**2).sum(axis=1, keepdims=True) / np.maximum(count_P1 - 1, 1)
     return centred_PG / (np.sqrt(variance_P1) + EPSILON)
 

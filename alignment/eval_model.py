@@ -1,21 +1,17 @@
 """An lm-eval model over the `Sampler` protocol, and how it turns an item into tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
 
 from rollout.sampler import Request, Sampler
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-    from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], list[int], int]
 """Token ids of a request's context and continuation, and most new tokens."""

@@ -1,6 +1,4 @@
-"""The lm-eval door: a recipe's benchmarks, asked of any `Sampler`."""
-
-from __future__ import annotations
+"""The lm-eval door: a recipe's benchmarks, by name or from YAML files with local data, asked of any `Sampler`."""
 
 import logging
 import math
@@ -8,27 +6,32 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import lm_eval.api.task
 import numpy as np
+from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import PreTrainedTokenizerBase
 
 from alignment.config import EvalConfig
-from alignment.eval_model import SamplerLM
-from alignment.eval_tasks import load_tasks
+from alignment.eval_model import SamplerLM, generation
 from alignment.tax import TaskResult
+from rollout.functions import nearest
 from rollout.sampler import Sampler
-
-if TYPE_CHECKING:
-    from lm_eval.api.task import Task
-    from transformers import PreTrainedTokenizerBase
 
 PRIMARY = ("exact_match", "acc_norm", "acc", "f1", "rougeL", "bleu", "bits_per_byte")
 """The first of these that a task's items have a number for is its benchmark; else its first metric that is one."""
+LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
+KNOWN = ("until", "do_sample", "temperature", "max_gen_toks")
+NEUTRAL = {"top_p": (1,), "top_k": (0, -1), "num_beams": (1,), "repetition_penalty": (1,)}
+"""Values of further `generation_kwargs` that change nothing; any other value is refused, not ignored."""
+_manager = cache(TaskManager)  # made only where a task is asked for by name: it reads all of lm-eval's YAML files
 
 # lm-eval's and datasets' progress bars and boilerplate would tear the stage's own display; warnings stay, but for the
 # one that lm-eval 0.4.13 gives about every `custom_dataset`.
@@ -36,6 +39,8 @@ datasets.disable_progress_bars()
 lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)
 logging.getLogger("lm_eval").setLevel(logging.WARNING)
 lm_eval.api.task.eval_logger.addFilter(lambda record: "Custom kwargs can be passed" not in record.getMessage())
+# datasets 5.2 reports every load, of local files too, to a server, and waits 3 s for it where there is no network.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +83,9 @@ def check_tasks(
             )
             asked = model.tokens(task.instances, max_length)
             docs = {instance.doc_id: instance.doc for instance in task.instances}
-            longest = max(len(context) + len(rest) for context, rest, _ in asked)
+            new, longest = max(new for *_, new in asked), max(len(context) + len(rest) for context, rest, _ in asked)
             texts = tuple(_texts(task, doc) for doc in docs.values())
-            infos.append(TaskInfo(name, len(docs), max(new for *_, new in asked), longest, texts, group(task)))
+            infos.append(TaskInfo(name, len(docs), new, longest, texts, task.config.metadata["group"]))
     return infos
 
 
@@ -134,15 +139,87 @@ def _tasks(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:
-        yield load_tasks(config, base_dir, data_dir, seed)
+        yield _load_tasks(config, base_dir, data_dir, seed)
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
 
 
-def group(task: Task) -> str:
-    """The recipe's group of a loaded task."""
-    return task.config.metadata["group"]
+def _load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: int) -> dict[str, Task]:
+    """The recipe's tasks by name and in order, groups and tags resolved; `seed` draws their few-shot examples."""
+    tasks: dict[str, Task] = {}
+    for group, spec in ((group, spec) for group, specs in config.groups.items() for spec in specs):
+        if spec.endswith((".yaml", ".yml")):
+            found = _file_tasks(base_dir / spec, data_dir)
+        elif spec in _manager().task_index:
+            found = _load(_manager(), spec, f"evals.tasks: `{spec}`")
+        else:
+            raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _manager().all_tasks)}")
+        if twice := sorted(tasks.keys() & found.keys()):
+            raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
+        for name, task in found.items():
+            task.config.metadata = {**(task.config.metadata or {}), "group": group}
+            task.set_fewshot_seed(seed)
+            _check_request(name, task, config)
+        tasks |= found
+    return tasks
+
+
+def _check_request(name: str, task: Task, config: EvalConfig) -> None:
+    """Give the task the recipe's `max_new_tokens`; refuse what the sampler does not do."""
+    if task.get_config("unsafe_code"):
+        raise ValueError(f"evals.tasks: `{name}` runs code that the model writes, outside any sandbox; leave it out")
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    if config.max_new_tokens is not None:
+        task.set_config("generation_kwargs", {"max_gen_toks": config.max_new_tokens}, update=True)
+    kwargs = generation(task.get_config("generation_kwargs"))
+    for key, value in kwargs.items():
+        cuts_only = key in ("top_p", "top_k") and kwargs["temperature"] == 0
+        if key not in KNOWN and not cuts_only and value not in NEUTRAL.get(key, ()):
+            raise ValueError(
+                f"evals.tasks: `{name}` asks for {key}={value}, which the sampler does not do; leave it out"
+            )
+
+
+def _file_tasks(path: Path, data_dir: Path | None) -> dict[str, Task]:
+    """The task of a YAML file; its local `data_files` are found first, so that nothing is asked of the hub."""
+    if not path.is_file():
+        others = [other.name for other in path.parent.glob("*.y*ml")]
+        raise ValueError(f"evals.tasks: no such file: {path}{nearest(path.name, others)}")
+    try:
+        config = load_yaml(path)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read as an lm-eval task: {type(error).__name__}: {error}") from error
+    if not isinstance(config.get("task"), str):
+        raise ValueError(f"{path}: needs `task: NAME`; of a group, list the tasks' own YAML files in evals.tasks")
+    options = dict(config.get("dataset_kwargs") or {})
+    if config.get("dataset_path") in LOCAL_FORMATS:
+        if "data_files" not in options:
+            raise ValueError(f"{path}: `dataset_path: {config['dataset_path']}` needs dataset_kwargs.data_files")
+        options["data_files"] = _resolve(options["data_files"], [data_dir or path.parent, path.parent], path)
+    return _load(TaskManager(include_defaults=False), config | {"dataset_kwargs": options}, str(path))
+
+
+def _resolve(files: Any, folders: Sequence[Path], source: Path) -> Any:
+    """`data_files` with every path absolute: a name, a list of names, or either per split."""
+    if isinstance(files, Mapping):
+        return {split: _resolve(names, folders, source) for split, names in files.items()}
+    if isinstance(files, list):
+        return [_resolve(name, folders, source) for name in files]
+    tried = [(folder / files).resolve() for folder in folders]
+    found = [str(path) for path in tried if path.is_file()]
+    if not found:
+        raise ValueError(f"{source}: no data file {tried[0]}; set the recipe's data_dir, or correct data_files")
+    return found[0]
+
+
+def _load(manager: TaskManager, spec: str | dict[str, Any], source: str) -> dict[str, Task]:
+    try:
+        return manager.load([spec])["tasks"]
+    except Exception as error:
+        hint = "; offline, use a task YAML with local data_files" if isinstance(error, OSError) else ""
+        raise ValueError(f"{source}: lm-eval cannot load it: {type(error).__name__}: {error}{hint}") from error
 
 
 def _number(metric: str, value: Any) -> float | None:
@@ -168,5 +245,5 @@ def _result(name: str, task: Task, samples: Sequence[Mapping[str, Any]]) -> Task
         higher_is_better=task.higher_is_better().get(metric, True),
         items=tuple(f"{name}:{row['doc_id']}:{row['doc_hash'][:12]}" for row in rows),
         values=np.array([_number(metric, row[metric]) for row in rows], np.float64),
-        group=group(task),
+        group=task.config.metadata["group"],
     )

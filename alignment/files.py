@@ -1,7 +1,5 @@
 """Files and folders that are there whole or not at all, whenever the process ends."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

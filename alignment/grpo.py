@@ -1,7 +1,5 @@
 """Online GRPO (DeepSeek-V2 section 4.2, eq. 32-34): the step, top to bottom."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -20,9 +18,6 @@ from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Group, Prompt
 
-Normalize = Callable[[list[Group]], list[Group]]
-"""The scored groups of a batch with their rewards on one scale (`rewards.normalize`)."""
-
 
 class MismatchError(RuntimeError):
     """The sampler's log-probabilities and the trainer's are too far apart to train on."""
@@ -35,7 +30,7 @@ def grpo(
     sampling: Sampling,
     scorer: Scorer,
     first: int,
-    normalize: Normalize = list,
+    normalize: Callable[[list[Group]], list[Group]] = list,
 ) -> Iterator[Step]:
     """Run steps first..config.steps (from 1), one a `next()`; a checkpoint between two steps resumes exactly."""
     batches = ((step, next(prompts)) for step in range(first, config.steps + 1))
@@ -99,8 +94,8 @@ def rollout_metrics(groups: list[Group], truncated: str = "train") -> dict[str, 
     lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
     signal = (group_advantages(rewards, scale=False) != 0).any(axis=1)
     metrics = {
-        "reward/mean": _mean(rewards),
-        "reward/std": _mean(rewards.std(axis=1)),
+        "reward/mean": moments(rewards)[0],
+        "reward/std": moments(rewards.std(axis=1))[0],
         "reward/masked": float(np.isnan(rewards).sum()),
         "groups/without_signal": float((~signal).mean()),
         "completions/mean_length": float(lengths.mean()),
@@ -109,12 +104,10 @@ def rollout_metrics(groups: list[Group], truncated: str = "train") -> dict[str, 
         "tokens/prompt": float(sum(len(group.prompt.token_ids) for group in groups)),
         "tokens/completion": float(lengths.sum()),
     }
-    for name in groups[0].scores.parts:
-        part = np.stack([group.scores.parts[name] for group in groups])
-        metrics[f"reward/{name}"] = _mean(part)
-        metrics[f"reward/{name}/std"] = float(np.nanstd(part)) if not np.isnan(part).all() else float("nan")
-    known = {name: np.concatenate([group.scores.parts[name] for group in groups]) for name in groups[0].scores.parts}
-    for (a, left), (b, right) in combinations([*known.items(), ("length", lengths.astype(float).ravel())], 2):
+    parts = {name: np.concatenate([group.scores.parts[name] for group in groups]) for name in groups[0].scores.parts}
+    for name, part in parts.items():
+        metrics[f"reward/{name}"], metrics[f"reward/{name}/std"] = moments(part)
+    for (a, left), (b, right) in combinations([*parts.items(), ("length", lengths.astype(float).ravel())], 2):
         both = ~(np.isnan(left) | np.isnan(right))
         if both.any() and np.ptp(left[both]) > 0 < np.ptp(right[both]):  # where one does not vary there is none
             metrics[f"correlation/{a},{b}"] = float(np.corrcoef(left[both], right[both])[0, 1])
@@ -124,8 +117,9 @@ def rollout_metrics(groups: list[Group], truncated: str = "train") -> dict[str, 
     return metrics
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+def moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and spread of what is not NaN; NaN where everything is."""
+    return (math.nan, math.nan) if np.isnan(values).all() else (float(np.nanmean(values)), float(np.nanstd(values)))
 
 
 def _merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -1,8 +1,7 @@
 """The reward of a GRPO stage on prompts that it does not train on, before, within and after it."""
 
-from __future__ import annotations
-
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ import numpy as np
 
 from alignment.batch import rewards_PG
 from alignment.files import write_text
+from alignment.grpo import moments
 from alignment.protocols import Engine
 from alignment.tax import TaskResult, TaxRow, compare
 from rewards.base import Scorer
 from rewards.config import RewardConfig
 from rewards.normalize import RewardNormalizer
 from rollout.sampler import Sampling
-from rollout.types import Group, Prompt
+from rollout.types import Prompt
 
 BENCHMARK = "held-out reward"
 
@@ -46,12 +46,13 @@ class HeldOut:
         if step > 0 or not kept["values"]:
             groups = next(iter(self.engine.rollouts([(0, self.prompts)], self.sampling, self.scorer)))
             if not kept["values"]:
-                kept["scale"] = {r.label: _scale(groups, r.label) for r in self.rewards if r.normalize == "running"}
+                running = [reward.label for reward in self.rewards if reward.normalize == "running"]
+                parts = {label: np.concatenate([group.scores.parts[label] for group in groups]) for label in running}
+                kept["scale"] = {label: moments(part) for label, part in parts.items()}
             normalize = RewardNormalizer(self.rewards, {**self.fixed, **kept["scale"]})
             totals = rewards_PG(normalize(groups), self.truncated)
-            mean = float(np.nanmean(totals))
-            values = [mean if np.isnan(total).all() else float(np.nanmean(total)) for total in totals]
-            kept["values"][str(step)] = values
+            mean, means = moments(totals)[0], [moments(total)[0] for total in totals]
+            kept["values"][str(step)] = [mean if math.isnan(one) else one for one in means]
             write_text(self.path, json.dumps(kept))
         return float(np.mean(kept["values"][str(step)]))
 
@@ -64,8 +65,3 @@ def held_out_rows(path: Path, step: int) -> list[TaxRow]:
     items = tuple(f"prompt {i}" for i in range(len(values["0"])))
     results = [TaskResult(BENCHMARK, "reward", True, items, np.array(values[at])) for at in ("0", str(step))]
     return compare(results[:1], results[1:])
-
-
-def _scale(groups: Sequence[Group], label: str) -> tuple[float, float]:
-    values = np.concatenate([group.scores.parts[label] for group in groups])
-    return float(np.nanmean(values)), float(np.nanstd(values))

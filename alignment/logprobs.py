@@ -1,9 +1,5 @@
 """Log-probabilities of a micro-batch's tokens under a Transformers causal LM."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -16,29 +12,20 @@ LOGITS_PER_CHUNK = 32 * 1024 * 1024
 """Logits beyond which the softmax runs in chunks, each recomputed in the backward pass (the logits stay whole)."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """logprobs: [C] float32 with gradient. entropies: [C] float32, detached, nats."""
-
-    logprobs: torch.Tensor
-    entropies: torch.Tensor
-
-
-def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> TokenLogprobs:
-    """log p(token | path to its node) at `temperature`, of every loss-carrying token of the micro-batch."""
-    device = model.device
+def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p(token | path to its node) at `temperature`, of every loss-carrying token of the micro-batch: [C] float32;
+    and the entropies of the distributions that they come from, in nats: [C] float32, without gradient."""
+    targets_M, edges_C = (torch.from_numpy(indices).to(model.device) for indices in (batch.targets, batch.edges))
     logits_MV = tree_logits(model, batch, batch.sources)
-    targets_M = torch.from_numpy(batch.targets).to(device)
-    edges_C = torch.from_numpy(batch.edges).to(device)
     logprobs_M, entropies_M = selected_logprobs(logits_MV, targets_M, temperature)
-    return TokenLogprobs(logprobs_M[edges_C], entropies_M[edges_C])
+    return logprobs_M[edges_C], entropies_M[edges_C]
 
 
-def token_scores(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> TokenLogprobs:
+def token_scores(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """As `token_logprobs`, of a reward model: the score at the node before each loss-carrying token, no entropy."""
     scores_M = tree_logits(model, batch, batch.sources)[:, 0].float()
     scores_C = scores_M[torch.from_numpy(batch.edges).to(model.device)]
-    return TokenLogprobs(scores_C, torch.zeros_like(scores_C.detach()))
+    return scores_C, torch.zeros_like(scores_C.detach())
 
 
 def tree_logits(model: PreTrainedModel, batch: MicroBatch, sources: np.ndarray) -> torch.Tensor:

@@ -1,8 +1,6 @@
 """Objectives as pure functions of flat tensors [C] (C loss-carrying tokens). Each is a plain weighted sum:
 all normalisation is in `LossInputs.weights`, so sums over micro-batches and ranks add up to the batch's loss."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,35 +28,27 @@ def plain_number(key: str, value: Any) -> int | float | None:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-class MetricsLog:
-    """Appends one JSON object per step to `path`.
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as a .jsonl file holds them."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
-    Each line reaches the operating system before `append` returns, so a killed process loses nothing; a line torn
-    by a crash of the machine is cut off when the log is opened again, and `read` ignores it.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a .jsonl file. They reach the operating system before it returns: a killed process loses none."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json_lines(rows))
 
-    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one step. NaN becomes null. Raises ValueError for a value that is no number."""
-        row = {"step": step, **{key: plain_number(key, value) for key, value in metrics.items()}}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
 
-    def close(self) -> None:
-        """Close the file. Safe to call twice."""
-        self._file.close()
+def append_step(path: Path, step: int, metrics: Mapping[str, Any]) -> None:
+    """Add a step to metrics.jsonl. NaN becomes null. Raises ValueError for a value that is no number."""
+    append(path, [{"step": step, **{key: plain_number(key, value) for key, value in metrics.items()}}])
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Forget the rows of a .jsonl file past `step`, all or nothing: a run that resumes there writes them again."""
+    """Forget the rows of a .jsonl file past `step`, all or nothing, and a line torn by a crash of the machine: a run
+    that resumes there writes them again."""
     if path.is_file():
-        kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in read(path) if row["step"] <= step]
-        write_text(path, "".join(kept))
+        write_text(path, json_lines(row for row in read(path) if row["step"] <= step))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -81,33 +73,29 @@ def check_trackers(kinds: Sequence[TrackerKind]) -> None:
             raise ValueError(f"trackers: {kind} is not installed; `pip install {kind}`, or take it out of the recipe")
 
 
-class Trackers:
-    """Sends the metrics of one stage to TensorBoard and W&B, through accelerate's trackers.
+@contextmanager
+def trackers(
+    kinds: Sequence[TrackerKind], run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int = 1
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """What logs a step of a stage (values that are None or NaN left out) to TensorBoard and W&B, through accelerate.
 
     TensorBoard: one run per stage in RUN/tensorboard/STAGE. W&B: one run per stage, in the group of the run folder's
     name; its id is kept in RUN/wandb/STAGE.id. `first_step` is the next step to be logged: TensorBoard drops what an
     earlier, killed process logged from there on, and W&B keeps the first of two values of a step, which are the same.
     config: shown beside the curves (the resolved recipe).
     """
+    check_trackers(kinds)
+    started = [_start(kind, run_dir, stage, config, first_step) for kind in dict.fromkeys(kinds)]
 
-    def __init__(
-        self, kinds: Sequence[TrackerKind], run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int = 1
-    ) -> None:
-        check_trackers(kinds)
-        self._trackers = [_start(kind, run_dir, stage, config, first_step) for kind in dict.fromkeys(kinds)]
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Log one step; values that are None or NaN are left out."""
+    def log(step: int, metrics: Mapping[str, Any]) -> None:
         present = {key: number for key, value in metrics.items() if (number := plain_number(key, value)) is not None}
-        for tracker in self._trackers:
+        for tracker in started:
             tracker.log(present, step=step)
 
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Flush and end every tracker."""
-        for tracker in self._trackers:
+    try:
+        yield log
+    finally:
+        for tracker in started:
             tracker.finish()
 
 
@@ -126,13 +114,11 @@ def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, An
         if fresh:
             tracker.log({"recipe": "```\n" + json.dumps(config, indent=2, default=str) + "\n```"}, step=0)
         return tracker
-    id_file = folder / f"{stage}.id"
+    id_file, group = folder / f"{stage}.id", run_dir.resolve().name
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    name = run_dir.resolve().name
-    tracker = WandBTracker(
-        "align", id=id_file.read_text(encoding="utf-8"), resume="allow", name=f"{name}/{stage}", group=name, dir=run_dir
-    )
+    run_id = id_file.read_text(encoding="utf-8")
+    tracker = WandBTracker("align", id=run_id, resume="allow", name=f"{group}/{stage}", group=group, dir=run_dir)
     tracker.start()
     tracker.store_init_configuration(dict(config))
     return tracker

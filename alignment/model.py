@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -37,6 +37,13 @@ def model_source(config: ModelConfig, base_dir: Path) -> str | None:
     return config.path
 
 
+def _read(kind: type[AutoConfig] | type[AutoTokenizer], source: str, problem: str) -> Any:
+    try:
+        return kind.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{problem} in {source}: {error}") from error
+
+
 def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.path`, or one trained on `texts` (`model.init`), always with an end and a pad token.
 
@@ -46,10 +53,7 @@ def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) ->
     if config.init is not None:
         tokenizer = train_tokenizer(config.init, texts)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.path: no tokenizer in {source}: {error}") from error
+        tokenizer = _read(AutoTokenizer, source, "model.path: no tokenizer")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: the tokenizer in {source} has no end token (`eos_token`); set one")
     if tokenizer.pad_token_id is None:
@@ -72,10 +76,7 @@ def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, base_d
     if config.init is not None:
         result = preset_config(config.init, tokenizer)
     else:
-        try:
-            result = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.path: no model in {source}: {error}") from error
+        result = _read(AutoConfig, source, "model.path: no model")
     where = source or "model.init"
     if result.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"{where}: `{result.model_type}` is not a causal language model that Transformers knows")
@@ -126,10 +127,7 @@ def check_classifier(path: str, base_dir: Path) -> str:
     Raises ValueError where there is none, or it has several outputs.
     """
     source = model_source(ModelConfig(path=path), base_dir)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model in {source}: {error}") from error
+    config = _read(AutoConfig, source, "no model")
     kinds = config.architectures or ["of an unknown kind"]
     if config.num_labels != 1 or "SequenceClassification" not in kinds[0]:
         raise ValueError(

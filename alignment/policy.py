@@ -1,8 +1,7 @@
 """One training rank's share of the policy: log-probabilities and updates of the rows that it is given."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -13,41 +12,26 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from alignment.balance import Load
-from alignment.logprobs import TokenLogprobs, token_logprobs, tree_logits
+from alignment.logprobs import token_logprobs, tree_logits
 from alignment.losses import k3
-from alignment.protocols import Loss, LossInputs
+from alignment.protocols import Loss, LossInputs, TrainRow
 from alignment.routing import Routing
-from alignment.tree import MicroBatch, empty_micro_batch, pack, plant
-from rollout.types import Trajectory
+from alignment.tree import MicroBatch, pack, plant, silent_batch
 
 
-@dataclass(frozen=True, slots=True)
-class RankRow:
-    """A `TrainRow` whose handles are resolved: what it says there, with arrays in their place."""
-
-    trajectory: Trajectory
-    group: int
-    advantage: float
-    weight: float
-    old_logprobs: np.ndarray | None = None
-    reference_logprobs: np.ndarray | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UpdateStats:
-    """One rank's part of an update's metrics; `merge_stats` makes the step's of them.
+    """One rank's part of an update's metrics, from its micro-batches; `merge_stats` makes the step's of them.
 
-    sums: sums over tokens that add up over ranks. tokens: loss-carrying tokens. nodes: tokens computed.
-    mismatch: [tokens] float32, trainer's old log-probability minus the sampler's (empty when nothing was sampled; NaN
-    where the sampler gave none, which no limit lets pass). load: how the rank's tokens were routed; None if dense.
+    sums: what adds up over tokens and ranks. mismatch: float32 of tokens, trainer's old log-probability minus the
+    sampler's (none where nothing was sampled; NaN where the sampler gave none, which no limit lets pass). load: how
+    the tokens were routed; None if dense.
     """
 
-    sums: Mapping[str, float]
-    tokens: int
-    nodes: int
-    mismatch: np.ndarray
-    grad_norm: float = 0.0
+    sums: Counter[str] = field(default_factory=Counter)
+    mismatch: list[np.ndarray] = field(default_factory=list)
     load: Load | None = None
+    grad_norm: float = 0.0
 
 
 @dataclass(slots=True)
@@ -57,8 +41,7 @@ class RankPolicy:
     clip_grad_norm: clips all gradients of the policy to a norm and returns the norm before.
     last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
     after_forward: called after a forward pass without a backward pass.
-    outputs: what a micro-batch's tokens get: log-probabilities, or a reward model's scores.
-    routing: replays the sampler's experts, or compares them with the trainer's own; None where that is not asked for.
+    outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C].
     """
 
     model: PreTrainedModel
@@ -67,49 +50,50 @@ class RankPolicy:
     clip_grad_norm: Callable[[float], float]
     last_micro_batch: Callable[[bool], None]
     after_forward: Callable[[], None]
-    outputs: Callable[[PreTrainedModel, MicroBatch, float], TokenLogprobs] = token_logprobs
-    routing: Routing | None = None
-    _sums: dict[str, float] = field(default_factory=dict)
-    _balance: torch.Tensor | None = None
-    _load: Load | None = None
+    routing: Routing
+    outputs: Callable[[PreTrainedModel, MicroBatch, float], tuple[torch.Tensor, torch.Tensor]] = token_logprobs
 
     def update(
-        self,
-        rows: Sequence[RankRow],
-        loss: Loss,
-        *,
-        learning_rate: float,
-        temperature: float,
-        max_grad_norm: float,
+        self, rows: Sequence[TrainRow], loss: Loss, *, learning_rate: float, temperature: float, max_grad_norm: float
     ) -> UpdateStats:
         """One optimiser step on the sum of `loss` over the rows of all ranks."""
-        batches = self._micro_batches(rows)
-        self._sums = {"loss": 0.0, "entropy": 0.0}
-        self._balance = self._balance_weights(batches, temperature)
-        self._load = None
-        mismatch = []
+        batches, stats = self._micro_batches(rows), UpdateStats()
+        balance_LE = self._balance_weights(batches, temperature)
         for i, batch in enumerate(batches):
             self.last_micro_batch(i == len(batches) - 1)
-            mismatch.append(self._backward(rows, batch, loss, temperature))
-        grad_norm = self.clip_grad_norm(max_grad_norm)
+            logprobs_C, entropies_C = self._compute(batch, temperature, training=True)
+            inputs = self._loss_inputs(rows, batch, logprobs_C)
+            lost_C = self.routing.lost[torch.from_numpy(batch.sources[batch.edges]).to(logprobs_C.device)]
+            if not inputs.sampler_logprobs.isnan().all():  # computed without an expert, it is not what was sampled
+                mismatch_C = inputs.old_logprobs.detach() - inputs.sampler_logprobs
+                stats.mismatch.append(mismatch_C[~lost_C].cpu().numpy())
+                inputs = replace(inputs, weights=inputs.weights.masked_fill(lost_C, 0))
+            outputs = loss(inputs)
+            objective, sums = outputs.loss, {"loss": outputs.loss, "entropy": entropies_C.sum(), **outputs.sums}
+            if balance_LE is not None:
+                sums["balance"] = (balance_LE * self.routing.affinities()).sum()
+                objective = objective + sums["balance"]
+            objective.backward()
+            if (differing := self.routing.differing()) is not None:
+                sums["mismatch/experts"] = differing
+            if self.routing.capacity is not None:
+                sums["tokens/dropped"] = lost_C.sum()
+            stats.sums.update({name: float(value.detach()) for name, value in sums.items()})
+            stats.sums.update({"tokens/loss": len(batch.rows), "tokens/computed": len(batch.token_ids)})
+            load = self.routing.load()
+            stats.load = load if stats.load is None else stats.load + load
+        stats.grad_norm = self.clip_grad_norm(max_grad_norm)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return UpdateStats(
-            sums=self._sums,
-            tokens=sum(len(batch.rows) for batch in batches),
-            nodes=sum(len(batch.token_ids) for batch in batches),
-            mismatch=np.concatenate(mismatch),
-            grad_norm=grad_norm,
-            load=self._load,
-        )
+        return stats
 
     @torch.no_grad()
     def _balance_weights(self, batches: Sequence[MicroBatch], temperature: float) -> torch.Tensor | None:
         """[L, E] what an expert's summed affinity weighs in this update: counts are of all ranks' whole batches, which
         a forward pass must find out first."""
-        if self.routing is None or self.routing.balance is None:
+        if self.routing.balance is None:
             return None
         loads = []
         for batch in batches:
@@ -120,89 +104,45 @@ class RankPolicy:
         if dist.is_initialized():
             for tensor in (load.chosen, load.sent, load.tokens):
                 dist.all_reduce(tensor)
-        return self.routing.balance.weights(load) / load.tokens
+        return self.routing.balance(load) / load.tokens
 
-    def _backward(self, rows: Sequence[RankRow], batch: MicroBatch, loss: Loss, temperature: float) -> np.ndarray:
-        computed = self._compute(batch, temperature, training=True)
-        inputs, sampler_C = self._loss_inputs(rows, batch, computed.logprobs)
-        sampled, lost_C = not np.isnan(sampler_C).all(), self._lost(batch)
-        if sampled and lost_C is not None:  # computed without some of its experts, it is not what was sampled
-            inputs = replace(inputs, weights=inputs.weights.masked_fill(lost_C, 0))
-        outputs = loss(inputs)
-        objective = outputs.loss
-        if self._balance is not None:
-            balance = (self._balance * self.routing.affinities()).sum()
-            objective = objective + balance
-            self._add("balance", balance)
-        objective.backward()
-        self._add("loss", outputs.loss)
-        self._add("entropy", computed.entropies.sum())
-        if self.routing is not None:
-            load, differing = self.routing.load(), self.routing.differing()
-            self._load = load if self._load is None else self._load + load
-            if differing is not None:
-                self._add("mismatch/experts", differing)
-        for name, value in outputs.sums.items():
-            self._add(name, value)
-        if not sampled:
-            return np.empty(0, np.float32)
-        mismatch_C = inputs.old_logprobs.detach().cpu().numpy() - sampler_C
-        return mismatch_C if lost_C is None else mismatch_C[~lost_C.cpu().numpy()]
-
-    def _lost(self, batch: MicroBatch) -> torch.Tensor | None:
-        """[C] bool: the token was computed with an expert dropped; None where nothing is."""
-        if self.routing is None or not self.routing.drops:
-            return None
-        lost_C = self.routing.lost[torch.from_numpy(batch.sources[batch.edges]).to(self.model.device)]
-        self._add("tokens/dropped", lost_C.sum())
-        return lost_C
-
-    def _compute(self, batch: MicroBatch, temperature: float, *, training: bool = False) -> TokenLogprobs:
-        if self.routing is not None:
-            self.routing.start(batch, self.model.device, training=training)
+    def _compute(
+        self, batch: MicroBatch, temperature: float, *, training: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.routing.start(batch, self.model.device, training=training)
         return self.outputs(self.model, batch, temperature)
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
-
-    def _loss_inputs(
-        self, rows: Sequence[RankRow], batch: MicroBatch, logprobs_C: torch.Tensor
-    ) -> tuple[LossInputs, np.ndarray]:
-        device, rows_C = logprobs_C.device, batch.rows
-        sampler = [row.trajectory.logprobs[1:][row.trajectory.loss_mask[1:]] for row in rows]
-        counts = np.array([len(values) for values in sampler], np.int64)
-        starts = np.flatnonzero(np.diff(rows_C, prepend=-1))  # a row's tokens stand side by side
-        position_C = np.arange(len(rows_C)) - np.repeat(starts, np.diff([*starts, len(rows_C)]))
-        place_C = (np.cumsum(counts) - counts)[rows_C] + position_C  # among the tokens of all rows
+    def _loss_inputs(self, rows: Sequence[TrainRow], batch: MicroBatch, logprobs_C: torch.Tensor) -> LossInputs:
+        device = logprobs_C.device
+        present = batch.rows[np.flatnonzero(np.diff(batch.rows, prepend=-1))]  # a row's tokens stand side by side
+        rows_C = torch.from_numpy(batch.rows).to(device)
 
         def of_tokens(values: Sequence[np.ndarray | None]) -> torch.Tensor | None:
-            present = [value for value in values if value is not None]
-            if not present:
+            missing = [value is None for value in values]
+            if all(missing):
                 return None
-            assert len(present) == len(values), "some rows have these log-probabilities, others do not"
-            return torch.from_numpy(np.concatenate(present).astype(np.float32)[place_C]).to(device)
+            assert not any(missing), "some rows have these log-probabilities, others do not"
+            values_C = np.concatenate([np.empty(0, np.float32), *(values[row] for row in present)])
+            return torch.tensor(values_C, dtype=torch.float32, device=device)
 
-        def of_rows(values: Sequence[float]) -> torch.Tensor:
-            return torch.from_numpy(np.array(values, np.float32)[rows_C]).to(device)
-
-        old_C, sampler_C = of_tokens([row.old_logprobs for row in rows]), of_tokens(sampler)
-        inputs = LossInputs(
+        old_C = of_tokens([row.old_logprobs for row in rows])
+        sampler_C = of_tokens([row.trajectory.logprobs[1:][row.trajectory.loss_mask[1:]] for row in rows])
+        return LossInputs(
             logprobs=logprobs_C,
             old_logprobs=logprobs_C.detach() if old_C is None else old_C,
             reference_logprobs=of_tokens([row.reference_logprobs for row in rows]),
-            advantages=of_rows([row.advantage for row in rows]),
-            weights=of_rows([row.weight for row in rows]),
+            advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device)[rows_C],
+            weights=torch.tensor([row.weight for row in rows], dtype=torch.float32, device=device)[rows_C],
             sampler_logprobs=logprobs_C.detach() if sampler_C is None else sampler_C,
-            rows=torch.from_numpy(rows_C).to(device),
+            rows=rows_C,
         )
-        return inputs, np.empty(0, np.float32) if sampler_C is None else sampler_C.cpu().numpy()
 
     @torch.no_grad()
-    def logprobs(self, rows: Sequence[RankRow], *, temperature: float) -> list[np.ndarray]:
+    def logprobs(self, rows: Sequence[TrainRow], *, temperature: float) -> list[np.ndarray]:
         """Each row's log-probabilities of its loss-carrying tokens, float32 [tokens]."""
         found: list[np.ndarray] = [np.empty(0, np.float32) for _ in rows]
         for batch in self._micro_batches(rows):
-            values_C = self._compute(batch, temperature).logprobs.cpu().numpy()
+            values_C = self._compute(batch, temperature)[0].cpu().numpy()
             for row in np.unique(batch.rows):
                 found[row] = values_C[batch.rows == row]
         self.after_forward()
@@ -211,39 +151,28 @@ class RankPolicy:
     @torch.no_grad()
     def next_token_logprobs(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """log p(next token | prompt) at temperature 1: float32 [prompts, V]."""
-        if self.routing is not None:
-            self.routing.stop()
-        lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        last = np.cumsum(lengths) - 1
-        batch = replace(
-            empty_micro_batch(),
-            token_ids=np.concatenate(prompts).astype(np.int64),
-            positions=np.concatenate([np.arange(n) for n in lengths]),
-            ends=np.repeat(last + 1, lengths),
-            lengths=lengths,
-        )
-        logprobs = torch.log_softmax(tree_logits(self.model, batch, last).float(), dim=-1).cpu().numpy()
+        batch = silent_batch(prompts)
+        self.routing.start(batch, self.model.device)
+        logits = tree_logits(self.model, batch, np.cumsum(batch.lengths) - 1)
         self.after_forward()
-        return logprobs
+        return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
 
-    def _micro_batches(self, rows: Sequence[RankRow]) -> list[MicroBatch]:
+    def _micro_batches(self, rows: Sequence[TrainRow]) -> list[MicroBatch]:
         """This rank's micro-batches; every rank gets as many as the one with the most, empty ones if need be."""
-        by_routes = self.routing is not None and self.routing.replay
         groups: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(row.group, []).append(i)
-        trees = [
-            tree
-            for members in groups.values()
-            for tree in plant([rows[i].trajectory for i in members], members, self.tokens_per_rank, by_routes=by_routes)
-        ]
-        batches = pack(trees, self.tokens_per_rank)
+        size, by_routes = self.tokens_per_rank, self.routing.replay
+        trees = []
+        for members in groups.values():
+            trees += plant([rows[i].trajectory for i in members], members, size, by_routes=by_routes)
+        batches = pack(trees, size)
         count = max(1, len(batches))
         if dist.is_initialized() and dist.get_world_size() > 1:
             most = torch.tensor(count, device=self.model.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             count = int(most)
-        return batches + [empty_micro_batch()] * (count - len(batches))
+        return batches + [silent_batch()] * (count - len(batches))
 
 
 def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
@@ -255,19 +184,15 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|), `mismatch/experts` (share of the computed
     tokens whose experts differ from the sampler's). Of a MoE: `experts/*` as `Load.metrics` says.
     """
-    names = {name for rank in ranks for name in rank.sums}
-    metrics = {name: sum(rank.sums[name] for rank in ranks if name in rank.sums) for name in sorted(names)}
-    tokens = sum(rank.tokens for rank in ranks)
-    metrics["entropy"] /= max(1, tokens)
+    names = sorted({name for rank in ranks for name in rank.sums})
+    metrics = {name: sum(rank.sums[name] for rank in ranks) for name in names}
+    metrics["entropy"] /= max(1, metrics["tokens/loss"])
     metrics["grad_norm"] = ranks[0].grad_norm
-    metrics["tokens/loss"] = tokens
-    metrics["tokens/computed"] = sum(rank.nodes for rank in ranks)
-    loads = [rank.load for rank in ranks if rank.load is not None]
-    if loads:
+    if loads := [rank.load for rank in ranks if rank.load is not None]:
         metrics |= reduce(add, loads).metrics()
     if "mismatch/experts" in metrics:
         metrics["mismatch/experts"] /= metrics["tokens/computed"]
-    difference = np.concatenate([rank.mismatch for rank in ranks])
+    difference = np.concatenate([np.empty(0, np.float32), *(values for rank in ranks for values in rank.mismatch)])
     if len(difference):
         metrics["mismatch/k3"] = float(k3(torch.from_numpy(difference).double()).mean())
         metrics["mismatch/max"] = float(np.abs(difference).max())

@@ -1,7 +1,5 @@
 """DeepSeek-V2 configurations, and the tokenizer and chat template of a model from scratch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What one step of a stage needs; `hybrid_engine` implements it, tests fake it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ import torch
 
 from rewards.base import Scorer
 from rollout.sampler import Sampler, Sampling
-from rollout.types import Group, Handle, Prompt
+from rollout.types import Group, Handle, Prompt, Trajectory
 
 Phase = Literal["generate", "score", "reference", "train"]
 
@@ -28,23 +26,22 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TrainRow:
-    """One sequence to train on, as the driver knows it.
+    """One sequence to train on. The driver knows handles; the rank that gets the row puts in what lies behind them.
 
-    trajectory: a `Handle`; the rank that gets the row resolves it.
     group: rows of the same group share prefixes and go to the same rank.
     length: tokens of the sequence, for balancing.
     advantage: A_i (eq. 34); 1.0 in SFT; of a reward model the target, as `Judged.targets`.
     weight: factor of each of its tokens in the loss; all normalisation is in here, once (the loss is a plain sum).
-    old_logprobs, reference_logprobs: handles to float32 [tokens], or None (on-policy; no KL).
+    old_logprobs, reference_logprobs: float32 [tokens], or None (on-policy; no KL).
     """
 
-    trajectory: Handle
+    trajectory: Handle | Trajectory
     group: int
     length: int
     advantage: float
     weight: float
-    old_logprobs: Handle | None = None
-    reference_logprobs: Handle | None = None
+    old_logprobs: Handle | np.ndarray | None = None
+    reference_logprobs: Handle | np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,18 @@
 """Preference data and judged completions as what a reward model scores: TRL's formats, and transcripts."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from alignment.config import RewardModelConfig
 from rollout.prompts import encode_strings, encode_text, fingerprint, is_chat, is_held_out
 from rollout.types import Text, Trajectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 Read = tuple[Any, tuple[Text, ...], tuple[float, ...]]

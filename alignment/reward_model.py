@@ -1,7 +1,5 @@
 """Reward models (DeepSeek-V2 section 4.2): the same engine and rows, a pair-wise or a point-wise loss on one score."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -10,9 +8,9 @@ from scipy.stats import spearmanr
 
 from alignment.config import RewardModelConfig
 from alignment.losses import pairwise_loss, pointwise_loss
-from alignment.protocols import Engine, Loss, Step, TrainRow
+from alignment.protocols import Engine, Step, TrainRow
 from alignment.reward_data import Judged
-from alignment.schedule import learning_rate
+from alignment.sft import supervised_step
 from rollout.prompts import Stream
 from rollout.types import Handle
 
@@ -26,19 +24,9 @@ def reward_model(
     binary = {target for row in rows.items for target in row.targets} <= {0.0, 1.0}
     loss = pairwise_loss if config.loss == "pairwise" else partial(pointwise_loss, binary=binary)
     for step in range(first, steps + 1):
-        metrics = reward_model_step(engine, next(rows), config, loss, step, steps)
+        metrics = supervised_step(engine, _train_rows(next(rows)), loss, config, step, steps)
+        del metrics["entropy"]
         yield Step(step, metrics | (held_out_metrics(engine, held_out, binary) if step == steps else {}))
-
-
-def reward_model_step(
-    engine: Engine, batch: Sequence[Judged], config: RewardModelConfig, loss: Loss, step: int, steps: int
-) -> dict[str, float]:
-    """One update on the mean loss over the batch's rows."""
-    rate, rows = learning_rate(config, step - 1, steps), _train_rows(batch)
-    with engine.phase("train") as policy:
-        metrics = policy.update(rows, loss, learning_rate=rate, temperature=1.0, max_grad_norm=config.max_grad_norm)
-    del metrics["entropy"]
-    return metrics | {"learning_rate": rate, "tokens/total": float(sum(row.length for row in rows))}
 
 
 def held_out_metrics(engine: Engine, rows: Sequence[Judged], binary: bool = False) -> dict[str, float]:
@@ -92,6 +80,7 @@ def length_warning(metrics: dict[str, float]) -> str | None:
 
 
 def _train_rows(batch: Sequence[Judged]) -> list[TrainRow]:
+    """Rows whose summed losses are the mean over the batch's pairs or points."""
     sides = [side for row in batch for side in row.trajectories]
     groups = [(i, target) for i, row in enumerate(batch) for target in row.targets]
     return [

@@ -5,33 +5,15 @@ few tokens reach other experts, and their log-probabilities differ by far more t
 computes with the sampler's experts, and gradients still flow through the gate weights, recomputed from its own logits.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from alignment.balance import Balance, Load, count
+from alignment.balance import Load, balance_weights, count, dropped, exempt_nodes
 from alignment.config import TrainConfig
-from alignment.dropping import Dropping, exempt_nodes
 from alignment.tree import MicroBatch
-
-
-def make_routing(model: PreTrainedModel, config: TrainConfig, capacity: float | None = None) -> Routing:
-    """What the recipe asks of the policy's routers, and the stage with its `capacity` of a device."""
-    given = config.balance
-    dropping = None if capacity is None else Dropping(capacity, int(given.get("devices", 1)))
-    balance = Balance(
-        *(given.get(loss, 0.0) for loss in ("expert", "device", "communication")),
-        devices=int(given.get("devices", 1)),
-        limit=int(given.get("limit", 1)),
-    )
-    for router in routers_of(model).values():
-        router.requires_grad_(config.router == "train")
-    losses = any(given.get(loss) for loss in ("expert", "device", "communication"))
-    return Routing(model, replay=config.routing_replay, balance=balance if losses else None, dropping=dropping)
 
 
 def routers_of(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -42,98 +24,92 @@ def routers_of(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 class Routing:
     """Hooks on every router of a model. `start` comes before a micro-batch's forward, and what it sets stays until its
-    backward has ended (where layers are recomputed); `stop` before a forward that is none of the policy's batches."""
+    backward has ended (where layers are recomputed)."""
 
-    def __init__(
-        self, model: PreTrainedModel, *, replay: bool, balance: Balance | None = None, dropping: Dropping | None = None
-    ) -> None:
-        """Raises ValueError for a replay or a balance that this model cannot have."""
+    def __init__(self, model: PreTrainedModel, config: TrainConfig, capacity: float | None = None) -> None:
+        """What the recipe asks of the policy's routers, and the stage with its `capacity` of a device.
+
+        Raises ValueError for a replay or a balance that this model cannot have.
+        """
         named = routers_of(model)
-        routers = list(named.values())
-        if replay and not routers:
-            raise ValueError(
-                f"train.routing_replay: {type(model).__name__} has no routers that are known; leave it out"
-            )
-        if balance is not None and not routers:
-            raise ValueError(f"train.balance: {type(model).__name__} has no routed experts to balance; leave it out")
-        for devices in (asked.devices for asked in (balance, dropping) if asked is not None):
-            if odd := [len(router.weight) for router in routers if len(router.weight) % devices]:
-                raise ValueError(f"train.balance: {devices} devices do not divide {odd[0]} experts")
-        self.replay, self.balance, self.drops, self._dropping = replay, balance, dropping is not None, dropping
-        self._layers = len(routers)
+        given, losses = config.balance, ("expert", "device", "communication")
+        alphas = {loss: given[loss] for loss in losses if given.get(loss)}
+        if not named and (config.routing_replay or alphas):
+            key, purpose = ("balance", "balance") if alphas else ("routing_replay", "replay")
+            kind = type(model).__name__
+            raise ValueError(f"train.{key}: {kind} has no routed experts to {purpose}; leave it out")
+        self._devices = int(given.get("devices", 1))
+        if odd := [len(router.weight) for router in named.values() if len(router.weight) % self._devices]:
+            raise ValueError(f"train.balance: {self._devices} devices do not divide {odd[0]} experts")
+        self.replay, self.capacity = config.routing_replay, capacity
+        limits = {"devices": self._devices, "limit": int(given.get("limit", 1))}
+        self.balance = partial(balance_weights, **limits, **alphas) if alphas else None
         # vLLM's own record has an entry for every decoder layer, dense ones included.
-        self._numbers = [next(int(part) for part in name.split(".") if part.isdigit()) for name in named]
-        self._decoder_layers = model.config.get_text_config().num_hidden_layers if routers else 0
-        self._batch: tuple[torch.Tensor | None, torch.Tensor] | None = None
-        self._differs: torch.Tensor | None = None
-        self._exempt: torch.Tensor | None = None
-        self.lost = torch.empty(0, dtype=torch.bool)
-        self._counts: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * self._layers
-        self._affinities: list[torch.Tensor] = [torch.empty(0)] * self._layers
+        self._layers = [next(int(part) for part in name.split(".") if part.isdigit()) for name in named]
+        self._decoder_layers = model.config.get_text_config().num_hidden_layers if named else 0
+        self._copies: torch.Tensor | None = None
+        self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._affinities: dict[int, torch.Tensor] = {}
         self._normalised: dict[int, bool] = {}
-        for layer, router in enumerate(routers):
+        for layer, router in enumerate(named.values()):
+            router.requires_grad_(config.router == "train")
             router.register_forward_hook(partial(self._hook, layer))
 
     def start(self, batch: MicroBatch, device: torch.device, *, training: bool = False) -> None:
         """Raises ValueError where a record is to be replayed that has another number of layers. training: tokens may
         be dropped; `lost` [N] then says which have."""
-        routes = None if batch.routes is None else torch.from_numpy(batch.routes).to(device).long()
-        if routes is not None and routes.shape[1] == self._decoder_layers:
-            routes = routes[:, self._numbers]
-        if routes is not None and routes.shape[1] != self._layers:
-            if self.replay:
+        self._copies = torch.from_numpy(batch.copies).to(device).double()
+        self._differs, self.lost = torch.zeros(2, len(batch.token_ids), dtype=torch.bool, device=device)
+        self._routes = self._exempt = None
+        if batch.routes is not None:
+            whole = batch.routes.shape[1] == self._decoder_layers
+            routes = batch.routes[:, self._layers] if whole else batch.routes
+            if routes.shape[1] == len(self._layers):
+                self._routes = torch.from_numpy(routes).to(device).long()
+            elif self.replay:
                 recorded = f"the sampler recorded {routes.shape[1]} layers of experts"
-                raise ValueError(f"{recorded}, the trainer has {self._layers}")
-            routes = None
-        self._batch = routes, torch.from_numpy(batch.copies).to(device).double()
-        self._differs = None if routes is None else torch.zeros(len(routes), dtype=torch.bool, device=device)
-        self._exempt = None
-        if training and self._dropping is not None:
+                raise ValueError(f"{recorded}, the trainer has {len(self._layers)}")
+        if training and self.capacity is not None:
             self._exempt = torch.from_numpy(exempt_nodes(batch.token_ids, batch.lengths)).to(device)
-        self.lost = torch.zeros(len(batch.token_ids), dtype=torch.bool, device=device)
-
-    def stop(self) -> None:
-        """Leave the forward passes that follow alone."""
-        self._batch = None
 
     def differing(self) -> torch.Tensor | None:
         """How many nodes were computed with other experts than the sampler's in any layer (unknown ones count); None
         where nothing was sampled."""
-        return None if self._differs is None else self._differs.sum()
+        return None if self._routes is None else self._differs.sum()
 
     def load(self) -> Load | None:
         """How the micro-batch was routed; None for a dense model."""
-        if not self._layers:
+        if not self._counts:
             return None
-        chosen, sent = (torch.stack(counts) for counts in zip(*self._counts, strict=True))
-        return Load(chosen, sent, self._batch[1].sum())
+        chosen, sent = map(torch.stack, zip(*self._counts.values(), strict=True))
+        return Load(chosen, sent, self._copies.sum())
 
     def affinities(self) -> torch.Tensor:
         """[L, E] float64 with gradient: affinities summed over the micro-batch's tokens (T P_i of eq. 25)."""
-        return torch.stack(self._affinities)
+        return torch.stack(list(self._affinities.values()))
 
     def _hook(self, layer: int, router: torch.nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
-        if self._batch is None:
+        if self._copies is None:
             return None
-        routes, copies = self._batch
         logits, gates, ids = output
-        if routes is not None:
-            recorded = routes[:, layer]
+        if self._routes is not None:
+            recorded = self._routes[:, layer]
             if self.replay:
                 known = recorded[:, :1] >= 0
                 used = torch.where(known, recorded, ids)
-                output = logits, torch.where(known, self._gates(layer, router, output, used), gates), used
-            self._differs |= (output[2].sort(-1).values != recorded.sort(-1).values).any(-1)
+                gates, ids = torch.where(known, self._gates(layer, router, output, used), gates), used
+            self._differs |= (ids.sort(-1).values != recorded.sort(-1).values).any(-1)
         if self._exempt is not None:
-            lost = self._dropping.dropped(_scores(router, logits).detach(), output[2], self._exempt)
+            scores = _scores(router, logits).detach()
+            lost = dropped(scores, ids, self._exempt, self.capacity, self._devices)
             self.lost |= lost.any(-1)
-            output = logits, output[1].masked_fill(lost, 0), output[2]
+            gates = gates.masked_fill(lost, 0)
         # Set and not added: a layer that is recomputed comes here twice.
-        self._counts[layer] = count(output[2], copies, logits.shape[-1], self.balance.devices if self.balance else 1)
+        self._counts[layer] = count(ids, self._copies, logits.shape[-1], self._devices)
         if self.balance is not None:
             scores = _scores(router, logits)
-            self._affinities[layer] = copies @ (scores / scores.sum(-1, keepdim=True)).double()
-        return output
+            self._affinities[layer] = self._copies @ (scores / scores.sum(-1, keepdim=True)).double()
+        return logits, gates, ids
 
     def _gates(
         self, layer: int, router: torch.nn.Module, output: tuple[torch.Tensor, ...], ids: torch.Tensor
@@ -145,19 +121,20 @@ class Routing:
         logits, gates, own = output
         scores = _scores(router, logits)
         scale = router.routed_scaling_factor if hasattr(router, "routed_scaling_factor") else 1.0
+
+        def weights(ids: torch.Tensor, normalised: bool) -> torch.Tensor:
+            chosen = scores.gather(-1, ids)
+            return (chosen / chosen.sum(-1, keepdim=True) if normalised else chosen) * scale
+
         if layer not in self._normalised:
-            chosen = scores.detach().gather(-1, own)
-            ways = {False: chosen * scale, True: chosen / chosen.sum(-1, keepdim=True) * scale}
-            fits = [way for way, value in ways.items() if torch.allclose(value, gates.float(), rtol=1e-2, atol=1e-6)]
-            if len(fits) == 2:  # nearly all of the affinity is in the chosen ones: another batch will tell
-                return (scores.gather(-1, ids) * scale).to(gates.dtype)
+            with torch.no_grad():  # a layer that is recomputed would save other tensors than at first
+                found = {normalised: weights(own, normalised) for normalised in (False, True)}
+            fits = [way for way, value in found.items() if torch.allclose(value, gates.float(), rtol=1e-2, atol=1e-6)]
             if not fits:
                 raise ValueError(f"{type(router).__name__} computes gate weights in a way that replay does not know")
-            self._normalised[layer] = fits[0]
-        chosen = scores.gather(-1, ids)
-        if self._normalised[layer]:
-            chosen = chosen / chosen.sum(-1, keepdim=True)
-        return (chosen * scale).to(gates.dtype)
+            if len(fits) == 1:  # else nearly all of the affinity is in the chosen ones: another batch will tell
+                self._normalised[layer] = fits[0]
+        return weights(ids, self._normalised.get(layer, False)).to(gates.dtype)
 
 
 def _scores(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:

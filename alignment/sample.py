@@ -1,8 +1,5 @@
 """Scored completions as data: rows, preference pairs (DeepSeek-V2 section 4.2) and the best of each prompt."""
 
-from __future__ import annotations
-
-import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -11,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from alignment.files import atomic_directory
-from alignment.grpo import Normalize, rollout_metrics
-from alignment.metrics import read
+from alignment.grpo import rollout_metrics
+from alignment.metrics import append, read
 from alignment.protocols import Engine, Step
 from rewards.base import Scorer
+from rewards.normalize import RewardNormalizer
 from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Group, Prompt
 
 
 def sample(
-    engine: Engine, prompts: Stream[Prompt], sampling: Sampling, scorer: Scorer, normalize: Normalize, first: int
+    engine: Engine, prompts: Stream[Prompt], sampling: Sampling, scorer: Scorer, normalize: RewardNormalizer, first: int
 ) -> Iterator[Step]:
     """Every prompt once, a batch a `next()`, from batch `first` (from 1) on; the weights stay as they are."""
     size, total = prompts.batch_size, len(prompts.items)
@@ -66,6 +64,5 @@ def write_data(rows_file: Path, out_dir: Path) -> dict[str, int]:
     found["best"] = [{name: row[name] for name in names} for row in best]
     with atomic_directory(out_dir) as folder:
         for name, rows in found.items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            append(folder / f"{name}.jsonl", rows)
     return {name: len(rows) for name, rows in found.items()}

@@ -1,23 +1,19 @@
 """SFT rows as trajectories: TRL's formats, tokenised and masked as TRL's SFTTrainer does it."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length, is_conversational_from_value, maybe_convert_to_chatml
 
 from alignment.config import SFTConfig
 from rollout.prompts import encode_chat, encode_strings, encode_text, is_chat
 from rollout.types import Text, Trajectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def make_sft_rows(

@@ -1,7 +1,5 @@
 """What a stage gave and what it cost: paired comparison of two evals of the same items."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -135,8 +133,8 @@ def compare(
         found = dict.fromkeys(r.group for r in before if r.group)
         groups = {g: [name for name, r in zip(names, before, strict=True) if r.group == g] for g in found}
     together = len(before) + len(groups)
-    rows = [_row(b, a, name, together) for b, a, name in zip(before, after, names, strict=True)]
-    variances = {row.benchmark: _variance(b, a) for row, b, a in zip(rows, before, after, strict=True)}
+    compared = [_row(b, a, name, together) for b, a, name in zip(before, after, names, strict=True)]
+    rows, variances = [row for row, _ in compared], {row.benchmark: variance for row, variance in compared}
     return rows + [_group_row(name, members, rows, variances) for name, members in groups.items()]
 
 
@@ -153,34 +151,25 @@ def _group_row(name: str, members: Sequence[str], rows: Sequence[TaxRow], varian
     return TaxRow(name, before / k, after / k, mean, *limits, *counts, first.higher_is_better, True, first.together)
 
 
-def _variance(before: TaskResult, after: TaskResult) -> float:
-    """Of the mean of paired differences; of right/wrong items with half an item more in each of the four cells.
-
-    Agresti & Min (2005) add these, so that few flips, and none, still give a width, and the interval covers.
-    """
-    differences = after.values - before.values
-    if _is_right_wrong(before, after):  # half a +1, half a -1 and a 0, as two items: same sum, same sum of squares
-        differences = np.append(differences, [math.sqrt(0.5), -math.sqrt(0.5)])
-    return float(differences.var(ddof=1)) / len(differences) if len(differences) > 1 else math.nan
-
-
-def _is_right_wrong(*results: TaskResult) -> bool:
-    return all(np.isin(result.values, (0, 1)).all() for result in results)
-
-
-def _row(before: TaskResult, after: TaskResult, benchmark: str, together: int) -> TaxRow:
+def _row(before: TaskResult, after: TaskResult, benchmark: str, together: int) -> tuple[TaxRow, float]:
+    """The row, and the variance of its mean difference."""
     for index, (left, right) in enumerate(zip_longest(before.items, after.items)):
         if left != right:
             raise ValueError(f"{before.name}: item {index} is {left!r} before, {right!r} after; they cannot be paired")
     differences = after.values - before.values
     better = differences if before.higher_is_better else -differences
     gained, lost, n, confidence = int((better > 0).sum()), int((better < 0).sum()), len(better), 1 - 0.05 / together
-    if _is_right_wrong(before, after):
+    means = float(before.values.mean()), float(after.values.mean()), float(differences.mean())
+    if all(np.isin(result.values, (0, 1)).all() for result in (before, after)):
         low, high = tango_interval(int((differences > 0).sum()), int((differences < 0).sum()), n, confidence)
+        # Half an item more in each of the four cells (Agresti & Min 2005): few flips, and none, still give a width, and
+        # the interval covers. Half a +1, half a -1 and a 0 are as these two: same sum, same sum of squares.
+        differences = np.append(differences, [math.sqrt(0.5), -math.sqrt(0.5)])
     else:
         low, high = bootstrap_interval(differences, confidence)
-    means = float(before.values.mean()), float(after.values.mean()), float(differences.mean())
-    return TaxRow(benchmark, *means, low, high, gained, lost, n, before.higher_is_better, together=together)
+    variance = float(differences.var(ddof=1)) / len(differences) if len(differences) > 1 else math.nan
+    row = TaxRow(benchmark, *means, low, high, gained, lost, n, before.higher_is_better, together=together)
+    return row, variance
 
 
 def detectable_drop(n: int, discordance: float = 0.2, together: int = 1) -> float:

@@ -10,8 +10,6 @@ mask of a group's tree, of a single sequence (a tree without branches), and of m
 Letters: N nodes, M edges (node -> next token, each predicted once), C loss-carrying tokens, R trees, S longest tree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,10 +113,13 @@ def _size(tree: Tree) -> int:
     return sum(branch.size for branch in tree)
 
 
-def empty_micro_batch(token_id: int = 0) -> MicroBatch:
-    """One node that predicts nothing: what a rank computes when the others have more micro-batches than it has."""
-    none, one = np.empty(0, np.int64), np.ones(1, np.int64)
-    return MicroBatch(one * token_id, one * 0, one, one, none, none, none, none, one * 0, None)
+def silent_batch(sequences: Sequence[np.ndarray] = (np.zeros(1),)) -> MicroBatch:
+    """Sequences [T] that carry no loss, side by side. The default, one node, is what a rank computes when the others
+    have more micro-batches than it has."""
+    token_ids, lengths = np.concatenate(sequences).astype(np.int64), np.array([len(one) for one in sequences], np.int64)
+    ends, none = np.repeat(np.cumsum(lengths), lengths), np.empty(0, np.int64)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return MicroBatch(token_ids, positions, ends, lengths, none, none, none, none, np.zeros_like(ends), None)
 
 
 def _micro_batch(trees: Sequence[Tree]) -> MicroBatch:

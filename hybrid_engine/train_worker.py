@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers import AutoTokenizer
 
 from alignment.config import RewardModelConfig, StageConfig, TrainConfig
 from alignment.logprobs import token_logprobs, token_scores
-from alignment.policy import RankPolicy, RankRow, UpdateStats
+from alignment.policy import RankPolicy, UpdateStats
 from alignment.protocols import Loss, TrainRow
-from alignment.routing import make_routing
+from alignment.routing import Routing
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.loading import load_model
 from hybrid_engine.placement import Worker
@@ -72,10 +73,9 @@ class TrainWorker(Worker):
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
         Returns the number of buckets of a hand-over, none of a reward model."""
         self._packer = self._packed = self._reference = self._policy = None
-        self._policy = self._build(model_dir, stage)
-        self._policy.routing = make_routing(self._policy.model, self._config, stage.capacity)
+        self._policy = self._build(model_dir, stage, self._config)
         if reference_dir is not None:
-            self._reference = self._build(reference_dir, stage)
+            self._reference = self._build(reference_dir, stage, TrainConfig())
             self._reference.model.requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         if isinstance(stage, RewardModelConfig):
@@ -83,7 +83,7 @@ class TrainWorker(Worker):
         self._packer = WeightPacker(self._policy.model, rollout)
         return self._packer.buckets
 
-    def _build(self, model_dir: Path, config: StageConfig) -> RankPolicy:
+    def _build(self, model_dir: Path, config: StageConfig, routing: TrainConfig) -> RankPolicy:
         judges = isinstance(config, RewardModelConfig)
         score_seed = zlib.crc32(config.name.encode()) if judges else None
         model = load_model(model_dir, self._config, self._meshes, self._device, score_seed)
@@ -100,6 +100,7 @@ class TrainWorker(Worker):
             clip_grad_norm=lambda norm: clip_grad_norm(model.parameters(), norm),
             last_micro_batch=partial(last_micro_batch, model),
             after_forward=partial(reshard, model),
+            routing=Routing(model, routing, config.capacity),
             outputs=token_scores if judges else token_logprobs,
         )
 
@@ -176,8 +177,8 @@ class TrainWorker(Worker):
         save_final(path, self._loaded.model, self._tokenizer)
 
 
-def resolve(rows: Sequence[TrainRow]) -> list[RankRow]:
-    """Fetch what lies behind the rows' handles, every reference once."""
+def resolve(rows: Sequence[TrainRow]) -> list[TrainRow]:
+    """The rows with what lies behind their handles in place of them; every reference is fetched once."""
     handles = [h for row in rows for h in (row.trajectory, row.old_logprobs, row.reference_logprobs) if h is not None]
     refs = list(dict.fromkeys(h.ref for h in handles if isinstance(h.ref, ray.ObjectRef)))
     found = dict(zip(refs, ray.get(refs), strict=True))
@@ -189,4 +190,4 @@ def resolve(rows: Sequence[TrainRow]) -> list[RankRow]:
         return held[handle.index]
 
     fetched = ((row, *map(fetch, (row.trajectory, row.old_logprobs, row.reference_logprobs))) for row in rows)
-    return [RankRow(own, row.group, row.advantage, row.weight, old, reference) for row, own, old, reference in fetched]
+    return [replace(row, trajectory=own, old_logprobs=old, reference_logprobs=ref) for row, own, old, ref in fetched]

@@ -9,12 +9,12 @@ from typing import Any
 
 from alignment.evals import run_evals
 from alignment.held_out import HeldOut, held_out_rows
-from alignment.metrics import read
+from alignment.metrics import append, read
 from alignment.tax import TaskResult, compare, load_results
 from recipes.build import Run
 from recipes.gate import Breach, breaches, choose_checkpoint
 from recipes.progress import print_tax
-from recipes.resume import StageFolder, append
+from recipes.resume import StageFolder
 from recipes.schema import Stage
 
 Evals = tuple[list[TaskResult], list[dict[str, Any]]]

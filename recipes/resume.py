@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import yaml
 
 from alignment.files import write_text
+from alignment.metrics import json_lines
 from alignment.tax import TaskResult, TaxRow, row_to_json, save_results
 from recipes.errors import RecipeError
 from recipes.schema import Recipe, Stage, difference, resolved
@@ -49,14 +50,8 @@ class StageFolder:
     def save_evals(self, results: list[TaskResult], samples: list[dict[str, Any]]) -> None:
         """Every sample first, the results last: they say that the evals are complete."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.results.with_name("samples.jsonl"), _lines(samples))
+        write_text(self.results.with_name("samples.jsonl"), json_lines(samples))
         save_results(self.results, results)
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a .jsonl file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_lines(rows))
 
 
 class GateError(RuntimeError):
@@ -122,10 +117,6 @@ class RunFolder:
     def close(self) -> None:
         """Let another process run here."""
         self._lock.close()
-
-
-def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _lock(path: Path) -> TextIO:

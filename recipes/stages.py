@@ -16,7 +16,7 @@ from rich.console import Console
 
 from alignment.config import StageConfig
 from alignment.files import write_text
-from alignment.metrics import MetricsLog, Trackers, plain_number, read, truncate_after
+from alignment.metrics import append, append_step, plain_number, read, trackers, truncate_after
 from alignment.protocols import Step
 from alignment.reward_model import length_warning
 from alignment.sample import sampled_rows, write_data
@@ -26,7 +26,7 @@ from recipes.build import Run, build_run, build_steps
 from recipes.evaluation import evaluate, evaluate_after, evaluate_within
 from recipes.progress import StageProgress
 from recipes.report import write_report
-from recipes.resume import RunFolder, StageFolder, append
+from recipes.resume import RunFolder, StageFolder
 from recipes.schema import Recipe, Stage, resolved
 
 
@@ -107,9 +107,8 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
         work = build_steps(run, stage, folder, stack)
         for path in (folder.metrics, folder.samples, folder.experts, folder.rows, folder.evals):
             truncate_after(path, work.first)
-        log = stack.enter_context(closing(MetricsLog(folder.metrics)))
-        trackers = Trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), work.first + 1)
-        stack.enter_context(trackers)
+        tracked = trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), work.first + 1)
+        track = stack.enter_context(tracked)
         progress = stack.enter_context(StageProgress(stage.name, work.total, run.console, first=work.first))
         interrupted = _finish_step_on_ctrl_c(run.console, stack)
         stack.push(partial(_finish_checkpoint, run, interrupted))
@@ -127,8 +126,8 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
             begun = time.perf_counter()
             if stage.sample is not None:
                 append(folder.rows, sampled_rows(done.step, done.groups))
-            log.append(done.step, metrics)
-            trackers.log(done.step, metrics)
+            append_step(folder.metrics, done.step, metrics)
+            track(done.step, metrics)
             progress.step(done.step, metrics)
             if done.groups:
                 append(folder.samples, _samples(done))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from alignment.metrics import MetricsLog
+from alignment.metrics import append_step
 from alignment.tax import TaskResult, compare, row_to_json, save_results
 
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
@@ -99,10 +99,12 @@ def _write_evals(folder: Path, results: list[TaskResult]) -> None:
 
 
 def _write_sft(folder: Path, rng: np.random.Generator) -> None:
-    sft = MetricsLog(folder / "01-sft" / "metrics.jsonl")
+    path = folder / "01-sft" / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for step in range(1, SFT_STEPS + 1):
         fade = min(1.0, step / 20) * min(1.0, (SFT_STEPS - step) / 100)
-        sft.append(
+        append_step(
+            path,
             step,
             {
                 "loss": 0.25 + 5.9 * math.exp(-step / 35) + rng.normal(0, 0.02),
@@ -117,11 +119,13 @@ def _write_sft(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _write_grpo(folder: Path, rng: np.random.Generator) -> None:
-    grpo = MetricsLog(folder / "02-grpo" / "metrics.jsonl")
+    path = folder / "02-grpo" / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for step in range(1, GRPO_STEPS + 1):
         reward = 0.36 + 0.2 * (1 - math.exp(-step / 150)) + rng.normal(0, 0.035)
         mismatch = 3e-9 * rng.gamma(2, 1)
-        grpo.append(
+        append_step(
+            path,
             step,
             {
                 "reward/mean": reward,

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_routing import FAMILIES, build, routers, sequences
 
-from alignment.balance import Balance, Load, count
+from alignment.balance import Load, balance_weights, count
 from alignment.config import TrainConfig
 from alignment.losses import sft_loss
-from alignment.policy import RankPolicy, RankRow, merge_stats
-from alignment.routing import Routing, make_routing
+from alignment.policy import RankPolicy, merge_stats
+from alignment.protocols import TrainRow
+from alignment.routing import Routing
 
 STEPS = 100
 ALPHAS = {"expert": 0.3, "device": 0.5, "communication": 0.2, "devices": 4, "limit": 2}
@@ -45,9 +46,8 @@ def test_the_three_losses_are_those_of_the_paper() -> None:
     expected = brute_force(scores, ids, ALPHAS)
     (gradient,) = torch.autograd.grad(expected, scores)
     chosen, sent = count(torch.from_numpy(ids), torch.ones(30, dtype=torch.float64), 8, 4)
-    weights = Balance(0.3, 0.5, 0.2, 4, 2).weights(
-        Load(chosen[None], sent[None], torch.tensor(30.0, dtype=torch.float64))
-    )
+    load = Load(chosen[None], sent[None], torch.tensor(30.0, dtype=torch.float64))
+    weights = balance_weights(load, devices=4, limit=2, expert=0.3, device=0.5, communication=0.2)
     found = (weights[0] * scores.mean(0)).sum()
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -65,8 +65,8 @@ class Kept:
                 layer.training = True
         self.gradients: dict[str, torch.Tensor] = {}
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        self.policy = RankPolicy(self.model, optimizer, tokens, self._clip, lambda last: None, lambda: None)
-        self.policy.routing = make_routing(self.model, TrainConfig(balance=balance))
+        routing = Routing(self.model, TrainConfig(balance=balance))
+        self.policy = RankPolicy(self.model, optimizer, tokens, self._clip, lambda last: None, lambda: None, routing)
 
     def _clip(self, max_norm: float) -> float:
         self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
@@ -74,7 +74,7 @@ class Kept:
 
     def update(self, share: slice = slice(None)) -> dict[str, float]:
         given = [dataclasses.replace(trajectory, routes=None) for trajectory in sequences(self.model)[share]]
-        rows = [RankRow(trajectory, 0, 1.0, 0.1) for trajectory in given]
+        rows = [TrainRow(trajectory, 0, len(trajectory.token_ids), 1.0, 0.1) for trajectory in given]
         stats = self.policy.update(rows, sft_loss, learning_rate=0.0, temperature=1.0, max_grad_norm=1.0)
         return merge_stats([stats])
 
@@ -162,7 +162,9 @@ def test_a_collapsed_router_is_balanced_by_the_losses_alone() -> None:
             [router.weight for router in routers(kept.model)], lr=1e-2, weight_decay=0.0
         )
         given = [trajectory for seed in range(8) for trajectory in sequences(kept.model, seed)]
-        rows = [RankRow(dataclasses.replace(t, routes=None), i, 1.0, 0.0) for i, t in enumerate(given)]
+        rows = [
+            TrainRow(dataclasses.replace(t, routes=None), i, len(t.token_ids), 1.0, 0.0) for i, t in enumerate(given)
+        ]
         loads = []
         for _ in range(STEPS):
             stats = kept.policy.update(rows, sft_loss, learning_rate=1e-2, temperature=1.0, max_grad_norm=1.0)
@@ -183,6 +185,6 @@ def test_balances_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="needs `devices`"):
         TrainConfig(balance={"device": 0.05})
     with pytest.raises(ValueError, match="3 devices do not divide 8 experts"):
-        make_routing(build("deepseek-v2"), TrainConfig(balance={"device": 0.05, "devices": 3, "limit": 1}))
+        Routing(build("deepseek-v2"), TrainConfig(balance={"device": 0.05, "devices": 3, "limit": 1}))
     with pytest.raises(ValueError, match="no routed experts to balance"):
-        Routing(torch.nn.Linear(2, 2), replay=False, balance=Balance(0.1, 0, 0, 1, 1))
+        Routing(torch.nn.Linear(2, 2), TrainConfig(balance={"expert": 0.1}))

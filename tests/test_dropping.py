@@ -11,12 +11,13 @@ import torch
 from test_balance import Kept
 from test_routing import build, routers, sequences
 
-from alignment import dropping
+from alignment import balance
+from alignment.balance import dropped, exempt_nodes
 from alignment.config import GRPOConfig, SFTConfig, TrainConfig
-from alignment.dropping import Dropping, exempt_nodes
 from alignment.losses import grpo_loss, sft_loss
-from alignment.policy import RankRow, merge_stats
-from alignment.routing import make_routing
+from alignment.policy import merge_stats
+from alignment.protocols import TrainRow
+from alignment.routing import Routing
 
 DEVICES = 4
 
@@ -27,7 +28,7 @@ def test_the_slots_of_lowest_affinity_above_a_devices_capacity_are_dropped_and_n
     ids = scores.topk(3, dim=-1).indices
     exempt = torch.from_numpy(rng.random(40) < 0.2)
     for capacity in (0.5, 0.8, 1.0):
-        lost = Dropping(capacity, DEVICES).dropped(scores, ids, exempt)
+        lost = dropped(scores, ids, exempt, capacity, DEVICES)
         expected = np.zeros((40, 3), bool)
         for device in range(DEVICES):
             here = [(n, k) for n in range(40) for k in range(3) if int(ids[n, k]) // 2 == device]
@@ -36,7 +37,7 @@ def test_the_slots_of_lowest_affinity_above_a_devices_capacity_are_dropped_and_n
                 expected[n, k] = True
         assert expected.any() and not expected[exempt].any()
         np.testing.assert_array_equal(lost.numpy(), expected)
-    assert not Dropping(4.0, DEVICES).dropped(scores, ids, exempt).any()
+    assert not dropped(scores, ids, exempt, 4.0, DEVICES).any()
 
 
 def test_a_tenth_of_the_sequences_is_exempt_and_always_the_same() -> None:
@@ -53,16 +54,17 @@ def dropping_policy(capacity: float | None) -> Kept:
     kept = Kept("deepseek-v2", 10_000)
     # Another model: on the first the hooks of `Kept` would come before these.
     kept.policy.model = kept.model = build("deepseek-v2")
-    kept.policy.routing = make_routing(kept.model, TrainConfig(balance={"devices": DEVICES}), capacity)
+    kept.policy.routing = Routing(kept.model, TrainConfig(balance={"devices": DEVICES}), capacity)
     return kept
 
 
-def rows(kept: Kept, sampled: bool) -> list[RankRow]:
+def rows(kept: Kept, sampled: bool) -> list[TrainRow]:
     """One sequence a group, so that each stands alone."""
     found = []
     for index, trajectory in enumerate(sequences(kept.model)):
         logprobs = np.where(trajectory.loss_mask, -1.0 if sampled else np.nan, np.nan).astype(np.float32)
-        found.append(RankRow(dataclasses.replace(trajectory, routes=None, logprobs=logprobs), index, 0.7, 0.1))
+        given = dataclasses.replace(trajectory, routes=None, logprobs=logprobs)
+        found.append(TrainRow(given, index, len(logprobs), 0.7, 0.1))
     return found
 
 
@@ -81,7 +83,7 @@ def test_dropping_changes_training_and_not_evaluation(monkeypatch: pytest.Monkey
     assert abs(merge_stats([found])["loss"] - merge_stats([plain])["loss"]) > 1e-4
     for one, other in zip(evaluated, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    monkeypatch.setattr(dropping, "EXEMPT", 1.0)
+    monkeypatch.setattr(balance, "EXEMPT", 1.0)
     spared, _ = run(dropping_policy(0.5), sampled=False)
     assert merge_stats([spared])["loss"] == merge_stats([plain])["loss"]
     assert merge_stats([spared])["tokens/dropped"] == 0
@@ -91,16 +93,17 @@ def test_in_rl_tokens_computed_without_an_expert_leave_loss_and_mismatch_and_are
     stats, _ = run(dropping_policy(1.0), sampled=True)
     plain, _ = run(dropping_policy(None), sampled=True)
     lost = int(merge_stats([stats])["tokens/dropped"])
-    assert 0 < lost < stats.tokens
-    assert len(stats.mismatch) == stats.tokens - lost and len(plain.mismatch) == stats.tokens
+    tokens = stats.sums["tokens/loss"]
+    assert 0 < lost < tokens
+    assert [sum(map(len, each.mismatch)) for each in (stats, plain)] == [tokens - lost, tokens]
     # On-policy the ratio is 1, so each token that stays adds -weight x advantage.
-    assert merge_stats([stats])["loss"] == pytest.approx(-0.1 * 0.7 * (stats.tokens - lost), rel=1e-5)
+    assert merge_stats([stats])["loss"] == pytest.approx(-0.1 * 0.7 * (tokens - lost), rel=1e-5)
 
 
 @pytest.mark.parametrize("router", ["train", "freeze"])
 def test_frozen_routers_stay_as_they_are(router: str) -> None:
     kept = Kept("deepseek-v2", 10_000)
-    kept.policy.routing = make_routing(kept.model, TrainConfig(router=router))
+    kept.policy.routing = Routing(kept.model, TrainConfig(router=router))
     kept.policy.optimizer = torch.optim.AdamW(kept.model.parameters(), lr=1e-2, weight_decay=0.1)
     before = {name: parameter.detach().clone() for name, parameter in kept.model.named_parameters()}
     kept.policy.update(rows(kept, False), sft_loss, learning_rate=1e-2, temperature=1.0, max_grad_norm=1.0)

@@ -14,9 +14,11 @@ from test_tree import MODELS
 from transformers import AutoModelForCausalLM
 
 from alignment.attention import TREE_ATTENTION
-from alignment.config import GRPOConfig
+from alignment.config import GRPOConfig, TrainConfig
 from alignment.grpo import MismatchError, grpo
-from alignment.policy import RankPolicy, RankRow, merge_stats
+from alignment.policy import RankPolicy, merge_stats
+from alignment.protocols import TrainRow
+from alignment.routing import Routing
 from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Completion, Group, Handle, Prompt, Scores, Trajectory
@@ -38,11 +40,12 @@ class FakeEngine:
         self.phases: list[str] = []
         self.error, self.learn_from = error, learn_from
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.0)
-        self.policy = RankPolicy(self.model, optimizer, 4096, self._clip, lambda last: None, lambda: None)
-        self.reference = RankPolicy(
-            AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION),
-            optimizer, 4096, self._clip, lambda last: None, lambda: None,
-        )  # fmt: skip
+        reference = AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION)
+        routing = Routing(torch.nn.Identity(), TrainConfig())  # hooks nothing: the same model samples
+        self.policy, self.reference = (
+            RankPolicy(model, optimizer, 4096, self._clip, lambda last: None, lambda: None, routing)
+            for model in (self.model, reference)
+        )
         self.reference.model.load_state_dict(self.model.state_dict())
 
     def _clip(self, max_norm: float) -> float:
@@ -90,16 +93,19 @@ class FakeEngine:
         self.phases.append(name)
         yield self
 
-    def _rows(self, rows) -> list[RankRow]:
+    def _rows(self, rows) -> list[TrainRow]:
         def fetch(handle):
             return None if handle is None else handle.ref[handle.index]
 
         return [
-            RankRow(
-                fetch(r.trajectory), r.group, r.advantage, r.weight, fetch(r.old_logprobs), fetch(r.reference_logprobs)
+            dataclasses.replace(
+                r,
+                trajectory=fetch(r.trajectory),
+                old_logprobs=fetch(r.old_logprobs),
+                reference_logprobs=fetch(r.reference_logprobs),
             )
             for r in rows
-        ]  # fmt: skip
+        ]
 
     def update(self, rows, loss, **kwargs):
         return merge_stats([self.policy.update(self._rows(rows), loss, **kwargs)])

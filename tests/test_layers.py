@@ -19,7 +19,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "vllm": ("rollout/vllm/",),
     "ray": ("hybrid_engine/",),
     "trl": ("alignment/sft_data.py",),
-    "lm_eval": ("alignment/eval_model.py", "alignment/eval_tasks.py", "alignment/evals.py"),
+    "lm_eval": ("alignment/eval_model.py", "alignment/evals.py"),
     "accelerate": ("alignment/metrics.py", "hybrid_engine/loading.py"),
     "rollout.vllm": ("rollout/vllm/", "hybrid_engine/", "recipes/build.py"),
 }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fake_run import DEMO
 
-from alignment.metrics import MetricsLog
+from alignment.metrics import append
 from alignment.tax import row_from_json
 from recipes.report import write_report
 from recipes.report.charts import BOTTOM, TOP, Chart, half_width, heat_map, line_chart, nice_ticks, time_chart
@@ -146,10 +146,12 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     shutil.copy(DEMO, tmp_path / "recipe.yaml")
     _, page = render(tmp_path)
     assert page.text.count("No step is logged yet") == 2 and page.open == []
-    MetricsLog(tmp_path / "01-sft" / "metrics.jsonl")
+    metrics = tmp_path / "01-sft" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    metrics.touch()
     _, page = render(tmp_path)
     assert page.text.count("No step is logged yet") == 2
-    MetricsLog(tmp_path / "01-sft" / "metrics.jsonl").append(1, {"loss": 3.0, "grad_norm": None, "time/train": 0.1})
+    append(metrics, [{"step": 1, "loss": 3.0, "grad_norm": None, "time/train": 0.1}])
     html, _ = render(tmp_path)
     assert 'aria-label="Loss"' in html and 'aria-label="Gradient norm"' not in html
 

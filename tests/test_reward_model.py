@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from functools import partial
@@ -22,10 +23,11 @@ from trl import RewardTrainer
 from alignment.config import RewardModelConfig, TrainConfig
 from alignment.logprobs import token_scores
 from alignment.losses import pairwise_loss, pointwise_loss
-from alignment.policy import RankPolicy, RankRow
-from alignment.protocols import LossInputs
+from alignment.policy import RankPolicy
+from alignment.protocols import LossInputs, TrainRow
 from alignment.reward_data import Judged, judged_text, make_judged_rows
 from alignment.reward_model import calibration_error, held_out_metrics, length_warning
+from alignment.routing import Routing
 from hybrid_engine.checkpoint import save_final
 from hybrid_engine.loading import load_model
 from hybrid_engine.sharding import Meshes, clip_grad_norm, last_micro_batch, make_meshes, reshard
@@ -190,13 +192,13 @@ def rank_policy(folder: Path, layout: TrainConfig, meshes: Meshes) -> RankPolicy
     model = load_model(folder, layout, meshes, torch.device("cpu"), score_seed=3)
     return RankPolicy(
         model, torch.optim.SGD(model.parameters(), lr=0.1), 2048, lambda norm: clip_grad_norm(model.parameters(), norm),
-        partial(last_micro_batch, model), partial(reshard, model), token_scores,
+        partial(last_micro_batch, model), partial(reshard, model), Routing(model, layout), token_scores,
     )  # fmt: skip
 
 
-def rank_rows(judged: list[Judged]) -> list[RankRow]:
+def rank_rows(judged: list[Judged]) -> list[TrainRow]:
     return [
-        RankRow(side, group, target, 1 / len(judged))
+        TrainRow(side, group, len(side.token_ids), target, 1 / len(judged))
         for group, row in enumerate(judged)
         for side, target in zip(row.trajectories, row.targets, strict=True)
     ]
@@ -209,7 +211,7 @@ def train_and_save(folder: Path, start: Path, layout: TrainConfig) -> None:
     rows = [row | {"margin": 0.25 * (i % 3)} for i, row in enumerate(PAIRS)]
     kept, held, _ = make_judged_rows(rows, tok, config(), "rows")
     mine = kept[:8][rank :: layout.world]
-    scaled = [RankRow(r.trajectory, r.group, r.advantage, 1 / 8) for r in rank_rows(mine)]
+    scaled = [dataclasses.replace(row, weight=1 / 8) for row in rank_rows(mine)]
     save_final(folder / "before", policy.model, tok)
     how = {"learning_rate": 0.1, "temperature": 1.0, "max_grad_norm": 1e9}
     stats = policy.update(scaled, pairwise_loss, **how)

@@ -14,6 +14,7 @@ from ranks import CONFIGS
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 
 from alignment.attention import TREE_ATTENTION
+from alignment.config import TrainConfig
 from alignment.logprobs import token_logprobs
 from alignment.routing import Routing
 from alignment.tree import MicroBatch, pack, plant
@@ -106,18 +107,18 @@ def test_replay_computes_with_the_recorded_experts_and_gradients_flow(family: st
     batch = batch_of(sequences(model))
     routes = torch.from_numpy(batch.routes).long()
     with forced(model, routes):
-        expected = token_logprobs(model, batch, 1.0).logprobs
+        expected = token_logprobs(model, batch, 1.0)[0]
         expected.sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    natural = token_logprobs(model, batch, 1.0).logprobs
+    natural = token_logprobs(model, batch, 1.0)[0]
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.model.layers:
             layer.training = True
-    routing = Routing(model, replay=True)
+    routing = Routing(model, TrainConfig(routing_replay=True))
     routing.start(batch, model.device)
-    found = token_logprobs(model, batch, 1.0).logprobs
+    found = token_logprobs(model, batch, 1.0)[0]
     found.sum().backward()
     assert routing.differing() == 0
     assert (natural - expected).abs().max() > 1e-3, "the recorded experts are the model's own"
@@ -133,33 +134,31 @@ def test_without_replay_differing_tokens_are_counted_and_nothing_changes() -> No
     own = {}
     for layer, router in enumerate(routers(model)):
         router.register_forward_hook(lambda module, args, out, layer=layer: own.update({layer: out[2]}))
-    expected = token_logprobs(model, batch, 1.0).logprobs
+    expected = token_logprobs(model, batch, 1.0)[0]
     routes = torch.stack([own[layer] for layer in range(2)], 1)
     routes = routes.flip(-1)  # the order of a token's experts means nothing
     routes[3, 1, 0] = (routes[3, 1] + 1).max() % 8 if (routes[3, 1] + 1).max() % 8 not in routes[3, 1] else 7
     routes[5] = -1  # no record
     batch = dataclasses.replace(batch, routes=routes.numpy().astype(np.int16))
-    routing = Routing(model, replay=False)
+    routing = Routing(model, TrainConfig())
     routing.start(batch, model.device)
-    assert torch.equal(token_logprobs(model, batch, 1.0).logprobs, expected)
+    assert torch.equal(token_logprobs(model, batch, 1.0)[0], expected)
     assert routing.differing() == 2
-    routing.stop()
-    assert torch.equal(token_logprobs(model, batch, 1.0).logprobs, expected)
 
 
 def test_unknown_experts_are_the_routers_own() -> None:
     model = build("qwen3-moe")
     batch = batch_of(sequences(model))
-    expected = token_logprobs(model, batch, 1.0).logprobs
-    routing = Routing(model, replay=True)
+    expected = token_logprobs(model, batch, 1.0)[0]
+    routing = Routing(model, TrainConfig(routing_replay=True))
     routing.start(dataclasses.replace(batch, routes=np.full_like(batch.routes, -1)), model.device)
-    assert torch.equal(token_logprobs(model, batch, 1.0).logprobs, expected)
+    assert torch.equal(token_logprobs(model, batch, 1.0)[0], expected)
 
 
 def test_a_record_of_another_model_and_an_unknown_router_are_refused() -> None:
     model = build("deepseek-v2")
     batch = batch_of(sequences(model))
-    routing = Routing(model, replay=True)
+    routing = Routing(model, TrainConfig(routing_replay=True))
     with pytest.raises(ValueError, match="recorded 1 layers of experts, the trainer has 2"):
         routing.start(dataclasses.replace(batch, routes=batch.routes[:, :1]), model.device)
     routers(model)[0].register_forward_hook(lambda module, args, out: (out[0], out[1] * out[1], out[2]), prepend=True)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from alignment.config import TrainConfig
-from alignment.routing import make_routing
+from alignment.routing import Routing
 from hybrid_engine import sharding
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, reshard, shard_model
 from hybrid_engine.weight_sync import WeightPacker
@@ -109,7 +109,7 @@ def on_two_ranks(folder: Path) -> None:
         fault.setattr(sharding, "_sum_gradients", lambda module: module.set_force_sum_reduction_for_comms(True))
         found["averaged"] = train(sharded(), share)
     model = sharded()
-    make_routing(model, TrainConfig(router="freeze"))
+    Routing(model, TrainConfig(router="freeze"))
     before = {name: full(parameter) for name, parameter in model.named_parameters()}
     train(model, share)
     after = {name: full(parameter) for name, parameter in model.named_parameters()}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, Qw
 
 from alignment.attention import TREE_ATTENTION
 from alignment.logprobs import selected_logprobs, token_logprobs
-from alignment.tree import empty_micro_batch, pack, plant
+from alignment.tree import pack, plant, silent_batch
 from rollout.types import Trajectory
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -74,7 +74,7 @@ def test_trees_give_every_sequence_its_own_logprobs_and_gradients(name: str, max
         start += len(group)
     found = 0
     for batch in pack(trees, max_nodes):
-        logprobs = token_logprobs(tree, batch, 0.7).logprobs
+        logprobs = token_logprobs(tree, batch, 0.7)[0]
         total = torch.zeros((), dtype=torch.float64)
         for row in np.unique(batch.rows):
             values = logprobs[torch.from_numpy(batch.rows == row)]
@@ -112,9 +112,9 @@ def test_packing_respects_the_budget_and_loses_nothing() -> None:
     assert sorted(found) == sorted(expected)
 
 
-def test_an_empty_micro_batch_has_gradients_of_zero() -> None:
+def test_an_silent_batch_has_gradients_of_zero() -> None:
     model = AutoModelForCausalLM.from_config(MODELS["deepseek_v2"], attn_implementation=TREE_ATTENTION)
-    token_logprobs(model, empty_micro_batch(), 1.0).logprobs.sum().backward()
+    token_logprobs(model, silent_batch(), 1.0)[0].sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     assert model.model.embed_tokens.weight.grad is not None
 

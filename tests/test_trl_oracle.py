@@ -18,9 +18,10 @@ from trl import SFTConfig as TRLSFTConfig
 
 from alignment.attention import TREE_ATTENTION
 from alignment.batch import grpo_minibatches
-from alignment.config import GRPOConfig
+from alignment.config import GRPOConfig, TrainConfig
 from alignment.losses import grpo_loss, sft_loss
-from alignment.policy import RankPolicy, RankRow
+from alignment.policy import RankPolicy
+from alignment.routing import Routing
 from alignment.sft import sft_step
 from rollout.types import Completion, Group, Handle, Prompt, Scores, Trajectory
 
@@ -97,14 +98,8 @@ class Capture:
             folder, dtype=torch.float32, attn_implementation=TREE_ATTENTION
         )
         self.gradients: dict[str, torch.Tensor] = {}
-        self.policy = RankPolicy(
-            self.model,
-            torch.optim.SGD(self.model.parameters(), lr=0.0),
-            64,
-            self._clip,
-            lambda last: None,
-            lambda: None,
-        )
+        optimizer, routing = torch.optim.SGD(self.model.parameters(), lr=0.0), Routing(self.model, TrainConfig())
+        self.policy = RankPolicy(self.model, optimizer, 64, self._clip, lambda last: None, lambda: None, routing)
 
     def _clip(self, max_norm: float) -> float:
         self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -138,7 +133,7 @@ def test_grpo_loss_equals_trl(trl_grpo, folder, normalize: str, loss_type: str, 
         clip=(0.2, 0.28), kl=kl, normalize=normalize,
     )  # fmt: skip
     (rows,) = grpo_minibatches(groups, config)
-    plain = [RankRow(trajectories[row.trajectory.index], row.group, row.advantage, row.weight) for row in rows]
+    plain = [dataclasses.replace(row, trajectory=trajectories[row.trajectory.index]) for row in rows]
     now = capture.policy.logprobs(plain, temperature=TEMPERATURE)
 
     batch = padded(groups)
@@ -210,9 +205,7 @@ def test_sft_loss_equals_trl(folder, tmp_path) -> None:
 
         def update(self, rows, loss, **kwargs):
             assert loss is sft_loss
-            held = [
-                RankRow(row.trajectory.ref[row.trajectory.index], row.group, row.advantage, row.weight) for row in rows
-            ]
+            held = [dataclasses.replace(row, trajectory=row.trajectory.ref[row.trajectory.index]) for row in rows]
             return {"loss": capture.update(held, loss, **kwargs).sums["loss"]}
 
     from alignment.config import SFTConfig

@@ -12,13 +12,16 @@ from test_run import align, finish, metrics, write_recipe
 from transformers import AutoModelForCausalLM
 
 from alignment.attention import TREE_ATTENTION
+from alignment.config import TrainConfig
 from alignment.losses import sft_loss
-from alignment.policy import RankPolicy, RankRow
+from alignment.policy import RankPolicy
+from alignment.protocols import TrainRow
+from alignment.routing import Routing
 from hybrid_engine.sharding import clip_grad_norm
 from rollout.types import Trajectory
 
 
-def rows() -> list[RankRow]:
+def rows() -> list[TrainRow]:
     """Two groups of four sequences with a shared prompt each."""
     rng = np.random.default_rng(0)
     made = []
@@ -28,7 +31,7 @@ def rows() -> list[RankRow]:
             tokens = np.concatenate([prompt, rng.integers(3, tiny.VOCAB_SIZE, length)]).astype(np.int32)
             spoken = np.arange(len(tokens)) >= len(prompt)
             trajectory = Trajectory(tokens, spoken, np.full(len(tokens), np.nan, np.float32), "stop")
-            made.append(RankRow(trajectory, group, 1.0, 0.01))
+            made.append(TrainRow(trajectory, group, len(tokens), 1.0, 0.01))
     return made
 
 
@@ -38,9 +41,8 @@ def policy(family: str, device: str) -> RankPolicy:
     ).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     parameters = list(model.parameters())
-    return RankPolicy(
-        model, optimizer, 64, lambda norm: clip_grad_norm(parameters, norm), lambda last: None, lambda: None
-    )
+    clip, routing = (lambda norm: clip_grad_norm(parameters, norm)), Routing(model, TrainConfig())
+    return RankPolicy(model, optimizer, 64, clip, lambda last: None, lambda: None, routing)
 
 
 @pytest.mark.gpu
