@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from more_itertools import constrained_batches
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -63,11 +63,10 @@ class WeightPacker:
         views = checkpoint_views(model, self._sources)
         receivers = expert_receivers([v.name for found in views.values() for v in found], rollout)
         plan = [(name, view, dtypes[name]) for name, found in views.items() for view in found]
-        sizes = [prod(view.shape) * TORCH_DTYPES[dtype].itemsize for _, view, dtype in plan]
         self._buckets: list[dict[Receiver, list[Move]]] = []
-        for first, end in split_buckets(sizes, rollout.bucket_mb * MEBIBYTE):
+        for tensors in constrained_batches(plan, rollout.bucket_mb * MEBIBYTE, get_len=_nbytes, strict=False):
             bucket: dict[Receiver, list[Move]] = {}
-            for name, view, dtype in plan[first:end]:
+            for name, view, dtype in tensors:
                 receiver = receivers.get(view.name)
                 move = self._move(name, view, dtype, _end(bucket.get(receiver, [])))
                 if move is not None:
@@ -114,6 +113,10 @@ def _fill(room: np.ndarray | torch.Tensor, version: int, moves: list[Move], bloc
     return Parcel(manifest, room[: manifest.nbytes] if on_host else room)
 
 
+def _nbytes(planned: tuple[str, View, str]) -> int:
+    return prod(planned[1].shape) * TORCH_DTYPES[planned[2]].itemsize
+
+
 def _end(moves: list[Move]) -> int:
     """Where the next piece begins."""
     return -(-(moves[-1].piece.offset + moves[-1].piece.nbytes) // ALIGNMENT) * ALIGNMENT if moves else 0
@@ -135,14 +138,3 @@ def expert_receivers(names: list[str], rollout: RolloutConfig) -> dict[str, int]
     found = {name: match.group(1, 2) for name in names if (match := EXPERT.match(name))}
     counts = {prefix: 1 + max(int(e) for other, e in found.values() if other == prefix) for prefix, _ in found.values()}
     return {name: int(expert) * rollout.world // counts[prefix] for name, (prefix, expert) in found.items()}
-
-
-def split_buckets(sizes: list[int], most: int) -> list[tuple[int, int]]:
-    """(first, end) of consecutive tensors of `sizes` bytes that together are at most `most`, or a single larger one."""
-    starts, total = [0], 0
-    for index, size in enumerate(sizes):
-        if total and total + size > most:
-            starts.append(index)
-            total = 0
-        total += size
-    return list(pairwise([*starts, len(sizes)]))
