@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -47,8 +47,7 @@ class RewardSource(Protocol):
         """End it for good. Safe to call twice."""
 
 
-LOAD_LIMIT = 300.0
-"""Seconds for importing a reward's module, which may bring torch along."""
+LOAD_LIMIT = 300.0  # seconds for importing a reward's module, which may bring torch along
 
 
 class RewardPool:
@@ -93,7 +92,7 @@ class RewardPool:
             worker.close()
         self._sum.shutdown()
 
-    def __enter__(self) -> RewardPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,7 +106,8 @@ def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
     columns: dict[str, list[Any]] = {name: [group.prompt.columns.get(name) for group, _ in rows] for name in names}
     columns["prompts"] = [group.prompt.text for group, _ in rows]
     columns["completions"] = [group.answer(completion) for group, completion in rows]
-    return Batch(columns, [np.asarray(one.token_ids, np.int32).tobytes() for _, one in rows], trainer_state)
+    columns["completion_ids"] = [completion.token_ids.tolist() for _, completion in rows]
+    return Batch(columns, trainer_state)
 
 
 class WorkerProcess:
@@ -127,7 +127,6 @@ class WorkerProcess:
         self._launch()
 
     def ready(self) -> None:
-        """Wait until the function is loaded; RewardError when it cannot be, or the worker is closed."""
         if self._process.returncode is not None:
             self._launch()
         if not self._loaded:
@@ -139,12 +138,10 @@ class WorkerProcess:
             self._loaded = True
 
     def call(self, batch: Batch) -> Reply:
-        """Score `batch` within `timeout`; a hang or a death is a `Reply` with `failure`. Raises as `ready`."""
         self.ready()
         return self._exchange(self.config.timeout, batch)
 
     def close(self) -> None:
-        """Kill the process for good; a `call` after it raises RewardError."""
         with self._lock:
             self._closed = True
         self._kill()
@@ -192,7 +189,6 @@ class WorkerProcess:
 
 def _score(worker: RewardSource, groups: Sequence[Group], batch: Batch) -> Reply:
     """One function's values of a submission, a str where the completion is masked; RewardError as `on_error` says."""
-    size = len(batch.token_ids)
     reply = worker.call(batch)
     values = reply.values if reply.failure is None else _one_by_one(worker, batch)
     sound = [position for position, value in enumerate(values) if not isinstance(value, str)]
@@ -202,15 +198,14 @@ def _score(worker: RewardSource, groups: Sequence[Group], batch: Batch) -> Reply
         return reply
     again = worker.call(batch.select(sound)) if 0 < len(sound) < len(values) else reply
     if again.failure is not None:
-        return Reply(values=["masked"] * size)
-    columns = {name: values for name, values in again.logged.items() if isinstance(values, list)}
-    spread = {name: _spread(values, sound, [None] * size) for name, values in columns.items()}
-    return Reply(values=_spread(again.values, sound, ["masked"] * size), logged={**again.logged, **spread})
+        return Reply(values=["masked"] * len(batch))
 
+    def spread(found: Sequence[Any], other: Any) -> list[Any]:
+        given = dict(zip(sound, found, strict=True))
+        return [given.get(position, other) for position in range(len(batch))]
 
-def _spread(values: Sequence[Any], positions: Sequence[int], others: list[Any]) -> list[Any]:
-    given = dict(zip(positions, values, strict=True))
-    return [given.get(position, other) for position, other in enumerate(others)]
+    logged = {name: spread(found, None) if isinstance(found, list) else found for name, found in again.logged.items()}
+    return Reply(values=spread(again.values, "masked"), logged=logged)
 
 
 def _one_by_one(worker: RewardSource, batch: Batch) -> list[float | str | None]:
@@ -223,7 +218,7 @@ def _one_by_one(worker: RewardSource, batch: Batch) -> list[float | str | None]:
     worker.ready()  # the time that loading takes is not the function's
     deadline = time.monotonic() + worker.config.timeout * (2 if stop else 10)
     values: list[float | str | None] = []
-    for position in range(len(batch.token_ids)):
+    for position in range(len(batch)):
         reply = worker.call(batch.select([position]))
         values.append(reply.failure or reply.values[0])
         if time.monotonic() > deadline or (stop and isinstance(values[-1], str)):
