@@ -4,8 +4,6 @@ A folder with a checkpoint's name is complete: it gets its name by the rename th
 another name (`unfinished`). Saving and loading are collectives over all ranks of the process group.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -5,8 +5,6 @@ make of it (each weighted by its gate) comes back, and the token's rank adds the
 layer's own, forward and backward; on the way back gradients travel the other way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """One hand-over: every training rank's pieces into every rollout rank, bucket by bucket, verified at the end."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Waiting for actors so that a failure ends the run with its first cause, and soon."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

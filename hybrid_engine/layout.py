@@ -1,7 +1,5 @@
 """Which rank holds what, and which works on what, in training and in rollout. Pure arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product

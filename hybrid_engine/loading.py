@@ -1,7 +1,5 @@
 """A model in the training layout, read from its directory shard by shard: no rank ever holds the whole."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack

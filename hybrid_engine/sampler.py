@@ -1,7 +1,5 @@
 """The `Sampler` protocol over all live rollout engines."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,8 +1,6 @@
 """The training layout: FSDP2 or HSDP over all ranks, experts spread over the same ranks, gradients summed (not
 averaged), one norm over all of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

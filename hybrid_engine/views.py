@@ -1,7 +1,5 @@
 """How training tensors and a checkpoint's tensors correspond: as views, and as blocks that a rank holds of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 from typing import Any

@@ -1,7 +1,5 @@
 """The hand-over's plan: which piece of which training shard goes to which rollout rank, in buckets, and its packing."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from math import prod

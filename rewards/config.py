@@ -1,7 +1,5 @@
 """Configuration of rewards. No torch, Ray or vLLM here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, Self
 

@@ -1,7 +1,5 @@
 """What can be known of a reward function before it is called: its signature against what TRL's GRPOTrainer passes."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Set
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rewards of different scales, brought to one before they are summed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

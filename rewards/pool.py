@@ -5,8 +5,6 @@ submit(groups) ──> one thread per reward ──> its worker process: one cal
                    Future[list[Scores]] <── weighted sum, when every reward has answered
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pickle

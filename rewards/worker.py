@@ -3,8 +3,6 @@
 Imports neither numpy nor pydantic nor asyncio: a worker starts, and starts again after a kill, in a tenth of a second.
 """
 
-from __future__ import annotations
-
 import ctypes
 import faulthandler
 import functools

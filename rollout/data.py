@@ -1,7 +1,5 @@
 """Rows of a dataset as plain dicts: local files, a hub dataset, or a function."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Finding a user's function: `module:function` or `file.py:function`. Rewards and data functions come through here."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.util

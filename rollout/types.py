@@ -3,8 +3,6 @@
 Shape letters: T tokens of a sequence, G completions of a prompt, L MoE layers, K experts per token.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

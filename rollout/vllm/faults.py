@@ -20,8 +20,6 @@ On every device (seen on 0.32):
 Not a fault: 0.25 (read) has no MLA on the CPU, and `engine_options` says so; 0.28's fails to import.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from functools import partialmethod

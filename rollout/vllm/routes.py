@@ -1,7 +1,5 @@
 """Which experts vLLM chose for every token, on devices where vLLM does not return them itself (the CPU build, 0.32)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

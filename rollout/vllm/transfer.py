@@ -1,7 +1,5 @@
 """Weights into the live engine through vLLM's own weight-transfer interface, from flat buffers, checked."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
