@@ -45,12 +45,7 @@ def make_meshes(train: TrainConfig, device: str) -> Meshes:
 
 
 def shard_model(
-    model: PreTrainedModel,
-    meshes: Meshes | None,
-    *,
-    dtype: torch.dtype,
-    activation_checkpointing: bool = False,
-    reshard_after_forward: bool = False,
+    model: PreTrainedModel, meshes: Meshes, *, dtype: torch.dtype, activation_checkpointing: bool = False
 ) -> None:
     """Bring a model into the training layout, in place: one FSDP2 group per decoder layer, one for the rest, and with
     expert parallelism one per layer's experts.
@@ -58,11 +53,10 @@ def shard_model(
     Parameters, gradients and optimiser states stay float32; with `dtype` bfloat16 forward and backward compute in
     bfloat16 and gradients are reduced in float32. One rank in float32 stays a plain model; one rank in bfloat16 is
     "sharded" over itself, so that the precision of every operation is the same for any number of ranks.
-    Without resharding after the forward a layer is gathered once per update instead of twice, for its memory.
+    A layer stays gathered from its forward to its backward: gathered once per update instead of twice, for its memory.
 
-    meshes: None is one rank in float32, and needs no process group. A model on the `meta` device stays there.
-    The forward must go through `model(...)`: FSDP gathers parameters in that call's hooks.
-    Raises ValueError when a parameter is less precise than float32, or for bfloat16 without meshes.
+    A model on the `meta` device stays there. The forward must go through `model(...)`: FSDP gathers parameters in that
+    call's hooks. Raises ValueError when a parameter is less precise than float32.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -71,14 +65,12 @@ def shard_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers:
             layer.training = True  # Transformers recomputes in training mode alone; dropout below stays as it is
-    if dtype != torch.bfloat16 and (meshes is None or meshes.dense.size() == 1):
+    if dtype != torch.bfloat16 and meshes.dense.size() == 1:
         return
-    if meshes is None:
-        raise ValueError("bfloat16 compute needs meshes, also on one rank: make_meshes(TrainConfig(), device)")
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    options = {"mp_policy": policy, "reshard_after_forward": False}
     if meshes.parallel is not None:
         for experts in expert_modules(model):
             spread_experts(experts, meshes.parallel)
