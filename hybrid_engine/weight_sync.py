@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hybrid_engine.views import View, checkpoint_views, intersect, local_block
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, routed_experts
 from rollout.weights import ALIGNMENT, TORCH_DTYPES, Parcel, Piece, WeightManifest, device_digests, digest, piece_view
 
 MEBIBYTE = 2**20
-EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 Receiver = int | None
 """The rank of every rollout engine that takes a parcel; None: all of them do."""
@@ -59,13 +59,14 @@ class WeightPacker:
             for n, t in self._sources.items()
         }
         views = checkpoint_views(model, self._sources)
-        receivers = expert_receivers([v.name for found in views.values() for v in found], rollout)
+        experts = routed_experts(model.config.get_text_config().to_dict())
         plan = [(name, view, dtypes[name]) for name, found in views.items() for view in found]
         self._buckets: list[dict[Receiver, list[Move]]] = []
         for tensors in constrained_batches(plan, rollout.bucket_mb * MEBIBYTE, get_len=_nbytes, strict=False):
             bucket: dict[Receiver, list[Move]] = {}
             for name, view, dtype in tensors:
-                receiver = receivers.get(view.name)
+                expert = EXPERT.search(view.name) if rollout.expert else None
+                receiver = int(expert[1]) * rollout.world // experts if expert else None  # as vLLM lays them
                 move = self._move(name, view, dtype, _end(bucket.get(receiver, [])))
                 if move is not None:
                     bucket.setdefault(receiver, []).append(move)
@@ -126,13 +127,3 @@ def _sends(tensor: Any) -> bool:
         return not dist.is_initialized() or dist.get_rank() == 0
     coordinates = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
     return all(place == 0 for place, placement in coordinates if placement.is_replicate())
-
-
-def expert_receivers(names: list[str], rollout: RolloutConfig) -> dict[str, int]:
-    """Checkpoint tensor of an expert -> the rank of an engine that holds it whole: equal shares, in order, as vLLM
-    lays them. Empty without expert parallelism."""
-    if not rollout.expert:
-        return {}
-    found = {name: match.group(1, 2) for name in names if (match := EXPERT.match(name))}
-    counts = {prefix: 1 + max(int(e) for other, e in found.values() if other == prefix) for prefix, _ in found.values()}
-    return {name: int(expert) * rollout.world // counts[prefix] for name, (prefix, expert) in found.items()}

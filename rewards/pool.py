@@ -73,9 +73,7 @@ class RewardPool:
         cannot be loaded makes the futures raise.
         """
         self._max_steps = max_steps
-        self._workers: list[RewardSource] = [
-            models[config.label] if config.label in models else WorkerProcess(config, base_dir) for config in configs
-        ]
+        self._workers = [models.get(config.label) or WorkerProcess(config, base_dir) for config in configs]
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:

@@ -97,7 +97,7 @@ def is_held_out(prompt: Any, share: float) -> bool:
 T = TypeVar("T")
 
 
-class Stream(Generic[T]):
+class Stream(Iterator[list[T]], Generic[T]):
     """Endless batches of items, shuffled anew in each epoch, that can be continued from a saved state.
 
     An epoch's order depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so
@@ -112,9 +112,6 @@ class Stream(Generic[T]):
         self.seed = seed
         self.fingerprint = digest or fingerprint(items, seed)
         self._start(epoch=0, position=0)
-
-    def __iter__(self) -> Iterator[list[T]]:
-        return self
 
     def __next__(self) -> list[T]:
         batch: list[T] = []

@@ -22,9 +22,7 @@ class RouteRecorder:
         self._runner, self._block = runner, block
         self._layers: dict[int, torch.Tensor] = {}
         self._blocks: dict[bytes, np.ndarray] = {}
-        self._prompts: Sequence[np.ndarray] = ()
-        self._starts = np.empty(0, np.int64)
-        self._routes = np.empty((0, 0, 0), np.int16)
+        self.end()
         model = runner.get_model()
         bind_routed_experts_capturer(model, self)
         model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -35,11 +33,10 @@ class RouteRecorder:
 
     def begin(self, prompts: Sequence[np.ndarray], max_tokens: Sequence[int]) -> None:
         """New requests, numbered in this order, start from an empty record."""
+        self.end()
         self._prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         room = np.array([len(prompt) + most for prompt, most in zip(prompts, max_tokens, strict=True)], np.int64)
-        self._starts = np.cumsum(room) - room
-        self._routes = np.empty((0, 0, 0), np.int16)
-        self._size = int(room.sum())
+        self._starts, self._size = np.cumsum(room) - room, int(room.sum())
 
     def take(self, request: int, length: int) -> np.ndarray:
         """[length - 1, L, K] int16 of a finished request of `length` tokens, the last of which was never read."""
