@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -53,8 +52,7 @@ def _forward(
     wanted_NR = wanted_NR.scatter_(1, ids_NK // count, True)[:, :ranks]
     rank_S, token_S = wanted_NR.T.nonzero(as_tuple=True)  # S: tokens to send, rank by rank
     sent = wanted_NR.sum(0)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=mesh.get_group())
+    received = all_to_all_single(sent, None, None, mesh)
     there, back = (received.tolist(), sent.tolist()), (sent.tolist(), received.tolist())
     arrived_AH = all_to_all_single_autograd(hidden_NH[token_S], *there, mesh)  # A: tokens that arrived
     gates_AK = all_to_all_single_autograd(weights_NK[token_S], *there, mesh)

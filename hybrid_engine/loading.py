@@ -66,11 +66,10 @@ def fill(model: PreTrainedModel, path: str | Path, fresh: Mapping[str, torch.Ten
     with ExitStack() as stack:
         files = {name: file for file in _files(path, stack) for name in file.keys()}  # noqa: SIM118
         for name, views in checkpoint_views(model, tensors).items():
-            local, offset = local_block(tensors[name])
+            local, _ = local_block(tensors[name])
             for view in views:
                 stored = fresh[view.name] if view.name in fresh else _stored(files, view, path)
-                overlap = intersect(view, tensors[name].shape, offset, local.shape)
-                if overlap is not None:
+                if (overlap := intersect(view, tensors[name])) is not None:
                     block, part = overlap
                     local[block].copy_(stored[part].permute(view.order).reshape(local[block].shape))
 

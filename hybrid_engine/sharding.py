@@ -37,11 +37,8 @@ def make_meshes(train: TrainConfig, device: str) -> Meshes:
     dense = init_device_mesh(device, shape[first:], mesh_dim_names=names[first:])
     if train.expert == 1:
         return Meshes(dense)
-    layout = expert_layout(train)
-    whole = init_device_mesh(
-        device, (layout.replicate, layout.shard, layout.parallel), mesh_dim_names=(*names, "parallel")
-    )
-    return Meshes(dense, whole[names if layout.replicate > 1 else "shard"], whole["parallel"])
+    whole = init_device_mesh(device, layout := expert_layout(train), mesh_dim_names=(*names, "parallel"))
+    return Meshes(dense, whole[names if layout[0] > 1 else "shard"], whole["parallel"])
 
 
 def shard_model(

@@ -88,10 +88,8 @@ class WeightPacker:
 
     def _move(self, name: str, view: View, dtype: str, end: int) -> Move | None:
         """How this rank's part of a checkpoint tensor goes to `end` of a buffer; None where it has none to send."""
-        tensor = self._sources[name]
-        local, offset = local_block(tensor)
-        overlap = intersect(view, tensor.shape, offset, local.shape)
-        if overlap is None or not _sends(tensor):
+        overlap = intersect(view, self._sources[name])
+        if overlap is None or not _sends(self._sources[name]):
             return None
         block, part = overlap
         bounds = [axis.indices(length) for axis, length in zip(part, view.shape, strict=True)]

@@ -32,7 +32,6 @@ class RewardConfig(Config):
 
     @property
     def source(self) -> str:
-        """What gives the reward."""
         return self.function or self.model or self.path or ""
 
     @property

@@ -51,11 +51,10 @@ LOAD_LIMIT = 300.0  # seconds for importing a reward's module, which may bring t
 class RewardPool:
     """Scores groups with a stage's reward functions (implements `rewards.base.Scorer`).
 
-    A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL. A
-    completion to which no function applies has total NaN and leaves its group.
-    on_error "stop": the future raises RewardError. "mask": the completions at fault have total NaN; the others' rewards
-    come from one more call without them, never from calls with one completion alone, whose values a function that
-    compares completions would get wrong.
+    A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL; where no
+    function applies, the total is NaN. on_error "stop": the future raises RewardError. "mask": the completions at fault
+    have total NaN; the others' rewards come from one more call without them, never from calls with one completion
+    alone, whose values a function that compares completions would get wrong.
     Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission.
     """
 
@@ -68,16 +67,14 @@ class RewardPool:
     ) -> None:
         """Start a process per reward function; returns before they are ready. The calling thread must outlive the pool.
 
-        models: what answers for the other rewards, by label; the pool closes them.
-        max_steps: of the stage, for `trainer_state`. A function sees every batch, in order of submission. One that
-        cannot be loaded makes the futures raise.
+        max_steps: of the stage, for `trainer_state`. models: what answers for the other rewards, by label; the pool
+        closes them. A function that cannot be loaded makes the futures raise.
         """
         self._max_steps = max_steps
         self._workers = [models.get(config.label) or WorkerProcess(config, base_dir) for config in configs]
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
-        """As `Scorer.submit`."""
         batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
         replies = [worker.thread.submit(_score, worker, groups, batch) for worker in self._workers]
         return self._sum.submit(_combine, groups, [worker.config for worker in self._workers], replies)
@@ -110,8 +107,8 @@ class WorkerProcess:
     """One process with one reward function, loading from the start; started again after a hang or a death.
 
     A fresh interpreter: it inherits no torch, Ray or CUDA state, and the parent's `__main__` is not run again.
-    It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. What it prints
-    goes to standard error. The kernel kills it when the thread that started it ends. Its calls queue in `thread`.
+    It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. The kernel kills it
+    when the thread that started it ends.
     """
 
     def __init__(self, config: RewardConfig, base_dir: Path) -> None:
@@ -125,13 +122,11 @@ class WorkerProcess:
     def ready(self) -> None:
         if self._process.returncode is not None:
             self._launch()
-        if not self._loaded:
-            failure = self._exchange(LOAD_LIMIT).failure
-            if failure is not None:
-                self._kill()
-                reward = f"reward {self.config.function!r}"
-                raise RewardError("the reward pool is closed" if self._closed else f"{reward}: {failure}")
-            self._loaded = True
+        if not self._loaded and (failure := self._exchange(LOAD_LIMIT).failure) is not None:
+            self._kill()
+            reward = f"reward {self.config.function!r}"
+            raise RewardError("the reward pool is closed" if self._closed else f"{reward}: {failure}")
+        self._loaded = True
 
     def call(self, batch: Batch) -> Reply:
         self.ready()

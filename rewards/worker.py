@@ -44,7 +44,6 @@ class Batch:
         return len(self.columns["completions"])
 
     def select(self, positions: Sequence[int]) -> Self:
-        """These completions only."""
         columns = {name: [values[position] for position in positions] for name, values in self.columns.items()}
         return replace(self, columns=columns)
 

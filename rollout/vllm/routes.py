@@ -73,12 +73,8 @@ class RouteRecorder:
             self._routes = np.full((self._size, *routes.shape[1:]), UNKNOWN, np.int16)
         offset = np.arange(total) - np.repeat(bounds[:-1], counts)
         self._routes[np.repeat(self._starts[requests] + read, counts) + offset] = routes
-        for row in np.flatnonzero(counts >= self._block):
-            self._keep_blocks(int(requests[row]), int(read[row]), int(read[row] + counts[row]))
-
-    def _keep_blocks(self, request: int, first: int, last: int) -> None:
-        """Blocks of a prompt that this forward pass computed whole: later requests may find them in the cache."""
-        prompt, start = self._prompts[request], self._starts[request]
-        last = min(last, len(prompt))
-        for end in range(-(-first // self._block) * self._block + self._block, last + 1, self._block):
-            self._blocks[prompt[:end].tobytes()] = self._routes[start + end - self._block : start + end].copy()
+        for row in np.flatnonzero(counts >= self._block):  # later requests may find whole blocks in the cache
+            prompt, start, first = self._prompts[requests[row]], self._starts[requests[row]], int(read[row])
+            last = min(first + counts[row], len(prompt))
+            for end in range(-(-first // self._block) * self._block + self._block, last + 1, self._block):
+                self._blocks[prompt[:end].tobytes()] = self._routes[start + end - self._block : start + end].copy()
