@@ -17,11 +17,6 @@ BACKEND = "parcels"
 
 
 @dataclass
-class ParcelInit(WeightTransferInitInfo):
-    """Nothing to agree on: sender and receiver share a process."""
-
-
-@dataclass
 class ParcelUpdate(WeightTransferUpdateInfo):
     """A bucket of a hand-over. parcels: what every training rank sends of its tensors. last: the hand-over is whole."""
 
@@ -29,14 +24,14 @@ class ParcelUpdate(WeightTransferUpdateInfo):
     last: bool
 
 
-class ParcelEngine(WeightTransferEngine[ParcelInit, ParcelUpdate]):
+class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
     """Receives the model's tensors bucket by bucket, under their checkpoint names, and reloads layer by layer."""
 
-    init_info_cls = ParcelInit
+    init_info_cls = WeightTransferInitInfo
     update_info_cls = ParcelUpdate
 
-    def init_transfer_engine(self, init_info: ParcelInit) -> None:
-        """Nothing to connect."""
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """Nothing to connect: parcels come from the process itself."""
 
     def start_weight_update(self) -> None:
         """Make every layer ready to be filled anew."""
