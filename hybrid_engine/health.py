@@ -61,8 +61,7 @@ def _first_cause(failed: ray.ObjectRef, failure: RayError, pending: list[ray.Obj
 def describe(error: RayError) -> str:
     """What happened, without Ray's own frames."""
     if isinstance(error, RayTaskError):
-        cause = error.cause
-        return f"{type(cause).__name__}: {cause}"
+        return f"{type(error.cause).__name__}: {error.cause}"
     if isinstance(error, RayActorError) and error.actor_init_failed:
         return f"it could not start: {_after_frames(str(error))}"
     if isinstance(error, RayActorError):

@@ -18,9 +18,7 @@ from rollout.weights import ALIGNMENT, TORCH_DTYPES, Parcel, Piece, WeightManife
 
 MEBIBYTE = 2**20
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-
-Receiver = int | None
-"""The rank of every rollout engine that takes a parcel; None: all of them do."""
+Receiver = int | None  # the rank of every rollout engine that takes a parcel; None: all of them do
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +52,12 @@ class WeightPacker:
         # FSDP exchanges a module's parameters around its forward. A state dict made now holds the sharded ones, which
         # stay the same objects for good.
         self._sources = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tied}
-        dtypes = {
-            n: rollout.dtype if isinstance(t, torch.nn.Parameter) else str(t.dtype)[6:]
-            for n, t in self._sources.items()
-        }
-        views = checkpoint_views(model, self._sources)
+        plan: list[tuple[str, View, str]] = []
+        for name, views in checkpoint_views(model, self._sources).items():
+            source = self._sources[name]
+            dtype = rollout.dtype if isinstance(source, torch.nn.Parameter) else str(source.dtype)[6:]
+            plan += [(name, view, dtype) for view in views]
         experts = routed_experts(model.config.get_text_config().to_dict())
-        plan = [(name, view, dtypes[name]) for name, found in views.items() for view in found]
         self._buckets: list[dict[Receiver, list[Move]]] = []
         for tensors in constrained_batches(plan, rollout.bucket_mb * MEBIBYTE, get_len=_nbytes, strict=False):
             bucket: dict[Receiver, list[Move]] = {}

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import bind_routed_experts_capturer
 
-UNKNOWN = -1
-"""In place of the experts of a token that no forward pass was seen for."""
+UNKNOWN = -1  # in place of the experts of a token that no forward pass was seen for
 
 
 class RouteRecorder:
