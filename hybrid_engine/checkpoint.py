@@ -53,14 +53,7 @@ def save_checkpoint(
     written = dcp.async_save(
         {"model": weights, "optimizer": states}, checkpoint_id=folder / "shards", process_group=group
     )
-    kind, keys, *rest = np.random.get_state()
-    drawn = {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    torch.save(drawn, folder / f"random-{rank}.pt")
+    torch.save(_random_states(), folder / f"random-{rank}.pt")
     if rank == 0:
         torch.save(extra, folder / "extra.pt")
     dist.barrier()  # every rank's random states are there
@@ -120,3 +113,13 @@ def save_final(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
             model, state = as_classifier(model, tokenizer, state)
         save_model_dir(model, tokenizer, path, state)
     dist.barrier()
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }

@@ -3,18 +3,26 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignment.config import TrainConfig
 from rollout.config import RolloutConfig, routed_experts
 
 
-def expert_layout(train: TrainConfig) -> tuple[int, int, int]:
-    """(replicate, shard, parallel): `parallel` consecutive ranks hold all routed experts, an equal share each; those
-    with the same share split every expert's matrices over `shard` ranks, and repeat that `replicate` times: only where
-    the ranks of one replica of the dense parameters are too few to hold all experts."""
+class ExpertLayout(NamedTuple):
+    """How the ranks lie over the routed experts: `parallel` consecutive ranks hold all of them, an equal share each;
+    the ranks that hold the same share split every expert's matrices over `shard` of them, and repeat that `replicate`
+    times. replicate x shard x parallel is the number of ranks."""
+
+    replicate: int
+    shard: int
+    parallel: int
+
+
+def expert_layout(train: TrainConfig) -> ExpertLayout:
+    """Experts are replicated only where the ranks of one replica of the dense parameters are too few to hold them."""
     shard = max(1, train.shard // train.expert)
-    return train.world // (shard * train.expert), shard, train.expert
+    return ExpertLayout(train.world // (shard * train.expert), shard, train.expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,7 @@ def misfits(train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]
         elif experts % ranks:
             yield section, "expert", f"{ranks} ranks do not divide the model's {experts} routed experts"
     widths = {name: model[name] for name in ("moe_intermediate_size", "intermediate_size") if model.get(name)}
-    shard = expert_layout(train)[1] if train.expert > 1 else 1
+    shard = expert_layout(train).shard if train.expert > 1 else 1
     for size in (2 * next(iter(widths.values())), model["hidden_size"]) if experts else ():
         if size % shard:
             several = f"`expert` {train.expert} leaves {shard} ranks to split each expert"

@@ -38,11 +38,16 @@ def make_meshes(train: TrainConfig, device: str) -> Meshes:
     if train.expert == 1:
         return Meshes(dense)
     whole = init_device_mesh(device, layout := expert_layout(train), mesh_dim_names=(*names, "parallel"))
-    return Meshes(dense, whole[names if layout[0] > 1 else "shard"], whole["parallel"])
+    return Meshes(dense, whole[names if layout.replicate > 1 else "shard"], whole["parallel"])
 
 
 def shard_model(
-    model: PreTrainedModel, meshes: Meshes, *, dtype: torch.dtype, activation_checkpointing: bool = False
+    model: PreTrainedModel,
+    meshes: Meshes,
+    *,
+    dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    reshard_after_forward: bool = False,
 ) -> None:
     """Bring a model into the training layout, in place: one FSDP2 group per decoder layer, one for the rest, and with
     expert parallelism one per layer's experts.
@@ -50,7 +55,7 @@ def shard_model(
     Parameters, gradients and optimiser states stay float32; with `dtype` bfloat16 forward and backward compute in
     bfloat16 and gradients are reduced in float32. One rank in float32 stays a plain model; one rank in bfloat16 is
     "sharded" over itself, so that the precision of every operation is the same for any number of ranks.
-    A layer stays gathered from its forward to its backward: gathered once per update instead of twice, for its memory.
+    Without resharding after the forward a layer is gathered once per update instead of twice, for its memory.
 
     A model on the `meta` device stays there. The forward must go through `model(...)`: FSDP gathers parameters in that
     call's hooks. Raises ValueError when a parameter is less precise than float32.
@@ -67,7 +72,7 @@ def shard_model(
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy, "reshard_after_forward": False}
+    options = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
     if meshes.parallel is not None:
         for experts in expert_modules(model):
             spread_experts(experts, meshes.parallel)

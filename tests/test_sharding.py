@@ -95,7 +95,7 @@ def sharded(dtype: torch.dtype = torch.float32, **options: bool) -> torch.nn.Mod
 def on_two_ranks(folder: Path) -> None:
     share = slice(dist.get_rank(), None, 2)
     found: dict[str, object] = {"float32": train(sharded(), share)}
-    found["checkpointed"] = train(sharded(activation_checkpointing=True), share)
+    found["checkpointed"] = train(sharded(activation_checkpointing=True, reshard_after_forward=True), share)
     found["bfloat16"] = train(sharded(torch.bfloat16), share)
     found["collectives"] = collectives(sharded())
     found["stale"] = logits_after_change(sharded(), lambda model: None)

@@ -106,8 +106,8 @@ def on_ranks(folder: Path, cells: list[tuple[str, tuple[int, int, int]]]) -> Non
         if shape[0] * shape[1] != world:
             continue
         for precision in PRECISE:
-            model = laid_out(family, shape, precision, activation_checkpointing=shape[2] > 1)
-            found[family, shape, precision] = gradients(model, share)
+            recompute = {"activation_checkpointing": True, "reshard_after_forward": True} if shape[2] > 1 else {}
+            found[family, shape, precision] = gradients(laid_out(family, shape, precision, **recompute), share)
         loaded = load_model(folder / family, layout(shape), make_meshes(layout(shape), "cpu"), torch.device("cpu"))
         held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in loaded.parameters())
         weights = {name: full(tensor) for name, tensor in loaded.state_dict().items()}
