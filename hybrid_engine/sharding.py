@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from alignment.config import TrainConfig
@@ -119,20 +120,32 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
+@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
     """Scale gradients in place so that their 2-norm over all parameters and ranks is at most `max_norm`.
 
-    Returns the norm before clipping, the same on every rank. Raises FloatingPointError when it is not finite; nothing
-    is scaled then.
+    Returns the norm before clipping, the same on every rank. Sharded gradients are summed over the ranks; replicated
+    and plain ones count once. Raises FloatingPointError when the norm is not finite (nothing is scaled then).
     """
-    meshes: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}  # torch clips the gradients of one mesh at a time
+    plain: list[torch.Tensor] = []
+    shards: dict[int, list[torch.Tensor]] = {}  # by how many ranks hold the same
     for parameter in parameters:
-        if (grad := parameter.grad) is not None:
-            meshes.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
-    norms = [get_total_norm([parameter.grad for parameter in group]) for group in meshes.values()]
-    norm = math.hypot(*(n.full_tensor().item() if isinstance(n, DTensor) else n.item() for n in norms))
+        grad = parameter.grad
+        if isinstance(grad, DTensor):
+            sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+            copies = math.prod(size for size, placement in sizes if not placement.is_shard())
+            shards.setdefault(copies, []).append(grad.to_local())
+        elif grad is not None:
+            plain.append(grad)
+    square = get_total_norm(plain).double().square()
+    if shards:  # one sum over all ranks, in float64: DTensor's own norm takes one per mesh dimension
+        over_ranks = sum(get_total_norm(tensors).double().square() / copies for copies, tensors in shards.items())
+        dist.all_reduce(over_ranks)
+        square = square.to(over_ranks.device) + over_ranks
+    norm = math.sqrt(square.item())
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm}: the loss or a gradient of this update is not finite")
-    for group in meshes.values():
-        clip_grads_with_norm_(group, max_norm, torch.tensor(norm))
+    scale = max_norm / (norm + 1e-6)  # torch's own formula, so that one rank does what every other trainer does
+    if scale < 1:
+        torch._foreach_mul_(plain + [tensor for tensors in shards.values() for tensor in tensors], scale)
     return norm
