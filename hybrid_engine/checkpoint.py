@@ -4,8 +4,6 @@ A folder with a checkpoint's name is complete: it gets its name by the rename th
 another name (`unfinished`). Saving and loading are collectives over all ranks of the process group.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,7 +81,12 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.O
     dcp.load(state, checkpoint_id=path / "shards")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     if len(list(path.glob("random-*.pt"))) == dist.get_world_size():
-        _restore_random_states(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=True))
+        drawn = torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=True)
+        random.setstate(drawn["python"])
+        np.random.set_state(drawn["numpy"])
+        torch.set_rng_state(drawn["torch"])
+        if drawn["cuda"]:
+            torch.cuda.set_rng_state_all(drawn["cuda"])
     return torch.load(path / "extra.pt", weights_only=True)
 
 
@@ -120,11 +123,3 @@ def _random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])

@@ -5,17 +5,14 @@ make of it (each weighted by its gate) comes back, and the token's rank adds the
 layer's own, forward and backward; on the way back gradients travel the other way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers import PreTrainedModel
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -55,17 +52,17 @@ def _forward(
     wanted_NR = wanted_NR.scatter_(1, ids_NK // count, True)[:, :ranks]
     rank_S, token_S = wanted_NR.T.nonzero(as_tuple=True)  # S: tokens to send, rank by rank
     sent = wanted_NR.sum(0)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=mesh.get_group())
+    received = all_to_all_single(sent, None, None, mesh)
     there, back = (received.tolist(), sent.tolist()), (sent.tolist(), received.tolist())
     arrived_AH = all_to_all_single_autograd(hidden_NH[token_S], *there, mesh)  # A: tokens that arrived
     gates_AK = all_to_all_single_autograd(weights_NK[token_S], *there, mesh)
     ids_AK = all_to_all_single(ids_NK[token_S], *there, mesh) - mesh.get_local_rank() * count
     slot, row = ((ids_AK >= 0) & (ids_AK < count)).T.nonzero(as_tuple=True)
-    with _local_parameters(experts) as parameters:
+    parameters = {name: parameter.to_local() for name, parameter in experts.named_parameters(recurse=False)}
+    with _reparametrize_module(experts, parameters):  # this rank's experts, with the gradient's way back
         output = compute(arrived_AH[row], ids_AK[row, slot][:, None], gates_AK[row, slot][:, None])
         if not len(row):  # a rank without work takes part in the backward's collectives all the same
-            output = output + 0 * (arrived_AH.sum() + gates_AK.sum() + sum(tensor.sum() for tensor in parameters))
+            output = output + 0 * sum(tensor.sum() for tensor in (arrived_AH, gates_AK, *parameters.values()))
     summed_AH = _add_up(output.float() if output.dtype == torch.bfloat16 else output, row, slot, len(arrived_AH))
     returned_SH = all_to_all_single_autograd(summed_AH.to(hidden_NH.dtype), *back, mesh)
     return _add_up(returned_SH, token_S, rank_S, len(hidden_NH))
@@ -79,16 +76,3 @@ def _add_up(values: torch.Tensor, targets: torch.Tensor, parts: torch.Tensor, si
     for value, target in zip(values.split(lengths), targets.split(lengths), strict=True):
         total = total.index_add(0, target, value)
     return total
-
-
-@contextmanager
-def _local_parameters(experts: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Attributes of the module's own forward: this rank's experts as plain tensors, with the gradient's way back."""
-    names = [name for name, _ in experts.named_parameters(recurse=False)]
-    local = {name: experts.get_parameter(name).to_local() for name in names}
-    vars(experts).update(local)
-    try:
-        yield list(local.values())
-    finally:
-        for name in names:
-            del vars(experts)[name]

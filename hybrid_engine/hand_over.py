@@ -1,7 +1,5 @@
 """One hand-over: every training rank's pieces into every rollout rank, bucket by bucket, verified at the end."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +15,7 @@ CANARY_LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest |log p_engine - log p_trainer| of a canary token, in nats, that passes; of the less precise of the two (in
 bfloat16 of the median prompt)."""
 
-
-Actors = Mapping[str, Any]
-"""Ray actors by the name that messages give them."""
+Actors = Mapping[str, Any]  # Ray actors by the name that messages give them
 
 
 class CanaryError(RuntimeError):

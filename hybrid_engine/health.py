@@ -1,18 +1,13 @@
 """Waiting for actors so that a failure ends the run with its first cause, and soon."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-LOOK = 10.0
-"""Seconds without an answer after which the actors that should be idle are looked for."""
-
-GRACE = 5.0
-"""Seconds to look for the death that made the others fail, once one call has failed."""
+LOOK = 10.0  # seconds without an answer after which the actors that should be idle are looked for
+GRACE = 5.0  # seconds to look for the death that made the others fail, once one call has failed
 
 
 class WorkerError(RuntimeError):
@@ -30,9 +25,9 @@ def wait_all(calls: Mapping[str, ray.ObjectRef], idle: Mapping[str, Any] | None 
     while pending:
         done = wait_any(pending, idle or {})
         pending.remove(done)
-        failure = _failure(done)
-        if failure is not None:
-            _raise_first_cause(names, done, failure, pending)
+        if (failure := _failure(done)) is not None:
+            failed, failure = _first_cause(done, failure, pending)
+            raise WorkerError(f"{names[failed]}: {describe(failure)}") from failure
     return ray.get(list(names))
 
 
@@ -54,24 +49,19 @@ def _failure(ref: ray.ObjectRef) -> RayError | None:
     return None
 
 
-def _raise_first_cause(
-    names: Mapping[ray.ObjectRef, str], failed: ray.ObjectRef, failure: RayError, pending: list[ray.ObjectRef]
-) -> None:
+def _first_cause(failed: ray.ObjectRef, failure: RayError, pending: list[ray.ObjectRef]) -> tuple[Any, RayError]:
     """A dead rank makes the living ones fail in their collectives: a death outranks an exception."""
-    if isinstance(failure, RayTaskError):
-        done, _ = ray.wait(pending, num_returns=len(pending), timeout=GRACE) if pending else ([], [])
-        for ref in done:
-            other = _failure(ref)
-            if isinstance(other, RayActorError):
+    if isinstance(failure, RayTaskError) and pending:
+        for ref in ray.wait(pending, num_returns=len(pending), timeout=GRACE)[0]:
+            if isinstance(other := _failure(ref), RayActorError):
                 failed, failure = ref, other
-    raise WorkerError(f"{names[failed]}: {describe(failure)}") from failure
+    return failed, failure
 
 
 def describe(error: RayError) -> str:
     """What happened, without Ray's own frames."""
     if isinstance(error, RayTaskError):
-        cause = error.cause
-        return f"{type(cause).__name__}: {cause}"
+        return f"{type(error.cause).__name__}: {error.cause}"
     if isinstance(error, RayActorError) and error.actor_init_failed:
         return f"it could not start: {_after_frames(str(error))}"
     if isinstance(error, RayActorError):

@@ -1,18 +1,15 @@
 """Which rank holds what, and which works on what, in training and in rollout. Pure arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignment.config import TrainConfig
 from rollout.config import RolloutConfig, routed_experts
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertLayout:
+class ExpertLayout(NamedTuple):
     """How the ranks lie over the routed experts: `parallel` consecutive ranks hold all of them, an equal share each;
     the ranks that hold the same share split every expert's matrices over `shard` of them, and repeat that `replicate`
     times. replicate x shard x parallel is the number of ranks."""

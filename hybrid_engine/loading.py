@@ -1,9 +1,7 @@
 """A model in the training layout, read from its directory shard by shard: no rank ever holds the whole."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -65,24 +63,22 @@ def fill(model: PreTrainedModel, path: str | Path, fresh: Mapping[str, torch.Ten
     """
     tied, fresh = model.all_tied_weights_keys, fresh or {}
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
-    files = checkpoint_files(path)
     with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in dict.fromkeys(files.values())}
+        files = {name: file for file in _files(path, stack) for name in file.keys()}  # noqa: SIM118
         for name, views in checkpoint_views(model, tensors).items():
-            local, offset = local_block(tensors[name])
+            local, _ = local_block(tensors[name])
             for view in views:
-                stored = fresh[view.name] if view.name in fresh else _stored(opened, files, view, path)
-                overlap = intersect(view, tensors[name].shape, offset, local.shape)
-                if overlap is not None:
+                stored = fresh[view.name] if view.name in fresh else _stored(files, view, path)
+                if (overlap := intersect(view, tensors[name])) is not None:
                     block, part = overlap
                     local[block].copy_(stored[part].permute(view.order).reshape(local[block].shape))
 
 
-def _stored(opened: Mapping[str, Any], files: Mapping[str, str], view: View, path: str | Path) -> Any:
+def _stored(files: Mapping[str, Any], view: View, path: str | Path) -> Any:
     """The checkpoint tensor of a view, still in its file; ValueError where it is not what the view needs."""
     if view.name not in files:
         raise ValueError(f"{path}: weight {view.name} is missing, and maybe others")
-    stored = opened[files[view.name]].get_slice(view.name)
+    stored = files[view.name].get_slice(view.name)
     if tuple(stored.get_shape()) != view.shape:
         raise ValueError(f"{path}: weight {view.name} is {stored.get_shape()}, the model's {view.shape}")
     if stored.get_dtype() not in PLAIN:
@@ -93,16 +89,13 @@ def _stored(opened: Mapping[str, Any], files: Mapping[str, str], view: View, pat
     return stored
 
 
-def checkpoint_files(path: str | Path) -> dict[str, str]:
-    """Checkpoint tensor -> safetensors file that holds it. Raises ValueError where there is none."""
-    index, single = (
-        cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    )
+def _files(path: str | Path, stack: ExitStack) -> Iterator[Any]:
+    """The safetensors files of a directory or hub model, opened. Raises ValueError where there is none."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is not None:
-        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        return {name: str(cached_file(path, file)) for name, file in names.items()}
-    if single is None:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    elif cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+        names = {SAFE_WEIGHTS_NAME}
+    else:
         raise ValueError(f"{path}: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}: save it as safetensors")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    return (stack.enter_context(safe_open(cached_file(path, name), "pt")) for name in names)

@@ -1,7 +1,5 @@
 """Ray, and its actors: which device and how many threads each gets, and where ranks meet."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

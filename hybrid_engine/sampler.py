@@ -1,7 +1,5 @@
 """The `Sampler` protocol over all live rollout engines."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +13,7 @@ from rollout.sampler import Request, Sample, TokenScores
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSampler:
-    """Request i goes to lane i modulo their number, so that a run repeats exactly.
+    """Request i goes to lane i modulo their number, so that a run repeats exactly; samples come once all are done.
 
     replicas: the rollout ranks by name, in the order of `places`. idle: actors that only wait meanwhile, by name.
     max_length: most tokens of a sequence, prompt and completion together.
@@ -32,13 +30,11 @@ class ReplicaSampler:
         return self.places[-1].lane + 1
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """Every request's sample, once all are done."""
         for lane, samples in enumerate(self._ask(requests, lambda actor, own: actor.generate.remote(own))):
             for sample in samples:
                 yield replace(sample, index=sample.index * self.lanes + lane)
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
-        """Log-probabilities of given token sequences, in their order."""
         answers = self._ask(sequences, lambda actor, own: actor.score.remote(own))
         return [answers[i % self.lanes][i // self.lanes] for i in range(len(sequences))]
 

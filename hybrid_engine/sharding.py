@@ -1,8 +1,6 @@
 """The training layout: FSDP2 or HSDP over all ranks, experts spread over the same ranks, gradients summed (not
 averaged), one norm over all of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from alignment.config import TrainConfig
@@ -39,16 +38,13 @@ def make_meshes(train: TrainConfig, device: str) -> Meshes:
     dense = init_device_mesh(device, shape[first:], mesh_dim_names=names[first:])
     if train.expert == 1:
         return Meshes(dense)
-    layout = expert_layout(train)
-    whole = init_device_mesh(
-        device, (layout.replicate, layout.shard, layout.parallel), mesh_dim_names=(*names, "parallel")
-    )
+    whole = init_device_mesh(device, layout := expert_layout(train), mesh_dim_names=(*names, "parallel"))
     return Meshes(dense, whole[names if layout.replicate > 1 else "shard"], whole["parallel"])
 
 
 def shard_model(
     model: PreTrainedModel,
-    meshes: Meshes | None,
+    meshes: Meshes,
     *,
     dtype: torch.dtype,
     activation_checkpointing: bool = False,
@@ -62,9 +58,8 @@ def shard_model(
     "sharded" over itself, so that the precision of every operation is the same for any number of ranks.
     Without resharding after the forward a layer is gathered once per update instead of twice, for its memory.
 
-    meshes: None is one rank in float32, and needs no process group. A model on the `meta` device stays there.
-    The forward must go through `model(...)`: FSDP gathers parameters in that call's hooks.
-    Raises ValueError when a parameter is less precise than float32, or for bfloat16 without meshes.
+    A model on the `meta` device stays there. The forward must go through `model(...)`: FSDP gathers parameters in that
+    call's hooks. Raises ValueError when a parameter is less precise than float32.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -73,10 +68,8 @@ def shard_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers:
             layer.training = True  # Transformers recomputes in training mode alone; dropout below stays as it is
-    if dtype != torch.bfloat16 and (meshes is None or meshes.dense.size() == 1):
+    if dtype != torch.bfloat16 and meshes.dense.size() == 1:
         return
-    if meshes is None:
-        raise ValueError("bfloat16 compute needs meshes, also on one rank: make_meshes(TrainConfig(), device)")
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -121,8 +114,7 @@ def last_micro_batch(model: torch.nn.Module, last: bool) -> None:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Free gathered parameters. Needed after a forward without a backward if the weights change next:
-    what is still gathered would be used again, stale."""
+    """Free gathered parameters: after a forward without a backward they would be used again, stale."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -145,12 +137,11 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
             shards.setdefault(copies, []).append(grad.to_local())
         elif grad is not None:
             plain.append(grad)
-    square = _sum_of_squares(plain)
-    if shards:
-        device = next(iter(shards.values()))[0].device
-        over_ranks = sum(_sum_of_squares(tensors).to(device) / copies for copies, tensors in shards.items())
+    square = get_total_norm(plain).double().square()
+    if shards:  # one sum over all ranks, in float64: DTensor's own norm takes one per mesh dimension
+        over_ranks = sum(get_total_norm(tensors).double().square() / copies for copies, tensors in shards.items())
         dist.all_reduce(over_ranks)
-        square = square + over_ranks.to(square.device)
+        square = square.to(over_ranks.device) + over_ranks
     norm = math.sqrt(square.item())
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm}: the loss or a gradient of this update is not finite")
@@ -158,11 +149,3 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     if scale < 1:
         torch._foreach_mul_(plain + [tensor for tensors in shards.values() for tensor in tensors], scale)
     return norm
-
-
-def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Scalar in float64; an empty shard (fewer rows than ranks) counts as 0."""
-    tensors = [t for t in tensors if t.numel()]
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()

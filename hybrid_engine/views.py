@@ -1,7 +1,5 @@
 """How training tensors and a checkpoint's tensors correspond: as views, and as blocks that a rank holds of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -63,18 +61,17 @@ def local_block(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     return tensor.detach().to_local(), offset
 
 
-def intersect(
-    view: View, shape: torch.Size, offset: tuple[int, ...], local: torch.Size
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where a checkpoint tensor, a `view` of a contiguous tensor of `shape`, meets the block of size `local` at
-    `offset`: slices of the block, and slices of the checkpoint tensor; None where they do not meet."""
+def intersect(view: View, tensor: torch.Tensor) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a checkpoint tensor, a `view` of a contiguous `tensor`, meets what this rank holds of that: slices of the
+    local block, and slices of the checkpoint tensor; None where they do not meet."""
+    shape, (local, offset) = tensor.shape, local_block(tensor)
     rest, block, part = view.offset, [], [slice(None)] * len(view.shape)
     for dim, stride in enumerate(torch.empty(shape, device="meta").stride()):
         first, rest = divmod(rest, stride)
         axes = [axis for axis, size in enumerate(view.shape) if view.stride[axis] == stride and size > 1 < shape[dim]]
         length = view.shape[axes[0]] if axes else 1
         assert len(axes) < 2 and first + length <= shape[dim], f"{view.name} is no block of its training tensor"
-        start, end = max(first, offset[dim]), min(first + length, offset[dim] + local[dim])
+        start, end = max(first, offset[dim]), min(first + length, offset[dim] + local.shape[dim])
         if start >= end:
             return None
         block.append(slice(start - offset[dim], end - offset[dim]))

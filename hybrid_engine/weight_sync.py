@@ -1,28 +1,24 @@
 """The hand-over's plan: which piece of which training shard goes to which rollout rank, in buckets, and its packing."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from more_itertools import constrained_batches
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hybrid_engine.views import View, checkpoint_views, intersect, local_block
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, routed_experts
 from rollout.weights import ALIGNMENT, TORCH_DTYPES, Parcel, Piece, WeightManifest, device_digests, digest, piece_view
 
 MEBIBYTE = 2**20
-EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.")
-
-Receiver = int | None
-"""The rank of every rollout engine that takes a parcel; None: all of them do."""
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+Receiver = int | None  # the rank of every rollout engine that takes a parcel; None: all of them do
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +52,18 @@ class WeightPacker:
         # FSDP exchanges a module's parameters around its forward. A state dict made now holds the sharded ones, which
         # stay the same objects for good.
         self._sources = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tied}
-        dtypes = {
-            n: rollout.dtype if isinstance(t, torch.nn.Parameter) else str(t.dtype)[6:]
-            for n, t in self._sources.items()
-        }
-        views = checkpoint_views(model, self._sources)
-        receivers = expert_receivers([v.name for found in views.values() for v in found], rollout)
-        plan = [(name, view, dtypes[name]) for name, found in views.items() for view in found]
-        sizes = [prod(view.shape) * TORCH_DTYPES[dtype].itemsize for _, view, dtype in plan]
+        plan: list[tuple[str, View, str]] = []
+        for name, views in checkpoint_views(model, self._sources).items():
+            source = self._sources[name]
+            dtype = rollout.dtype if isinstance(source, torch.nn.Parameter) else str(source.dtype)[6:]
+            plan += [(name, view, dtype) for view in views]
+        experts = routed_experts(model.config.get_text_config().to_dict())
         self._buckets: list[dict[Receiver, list[Move]]] = []
-        for first, end in split_buckets(sizes, rollout.bucket_mb * MEBIBYTE):
+        for tensors in constrained_batches(plan, rollout.bucket_mb * MEBIBYTE, get_len=_nbytes, strict=False):
             bucket: dict[Receiver, list[Move]] = {}
-            for name, view, dtype in plan[first:end]:
-                receiver = receivers.get(view.name)
+            for name, view, dtype in tensors:
+                expert = EXPERT.search(view.name) if rollout.expert else None
+                receiver = int(expert[1]) * rollout.world // experts if expert else None  # as vLLM lays them
                 move = self._move(name, view, dtype, _end(bucket.get(receiver, [])))
                 if move is not None:
                     bucket.setdefault(receiver, []).append(move)
@@ -90,10 +85,8 @@ class WeightPacker:
 
     def _move(self, name: str, view: View, dtype: str, end: int) -> Move | None:
         """How this rank's part of a checkpoint tensor goes to `end` of a buffer; None where it has none to send."""
-        tensor = self._sources[name]
-        local, offset = local_block(tensor)
-        overlap = intersect(view, tensor.shape, offset, local.shape)
-        if overlap is None or not _sends(tensor):
+        overlap = intersect(view, self._sources[name])
+        if overlap is None or not _sends(self._sources[name]):
             return None
         block, part = overlap
         bounds = [axis.indices(length) for axis, length in zip(part, view.shape, strict=True)]
@@ -114,6 +107,10 @@ def _fill(room: np.ndarray | torch.Tensor, version: int, moves: list[Move], bloc
     return Parcel(manifest, room[: manifest.nbytes] if on_host else room)
 
 
+def _nbytes(planned: tuple[str, View, str]) -> int:
+    return prod(planned[1].shape) * TORCH_DTYPES[planned[2]].itemsize
+
+
 def _end(moves: list[Move]) -> int:
     """Where the next piece begins."""
     return -(-(moves[-1].piece.offset + moves[-1].piece.nbytes) // ALIGNMENT) * ALIGNMENT if moves else 0
@@ -125,24 +122,3 @@ def _sends(tensor: Any) -> bool:
         return not dist.is_initialized() or dist.get_rank() == 0
     coordinates = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
     return all(place == 0 for place, placement in coordinates if placement.is_replicate())
-
-
-def expert_receivers(names: list[str], rollout: RolloutConfig) -> dict[str, int]:
-    """Checkpoint tensor of an expert -> the rank of an engine that holds it whole: equal shares, in order, as vLLM
-    lays them. Empty without expert parallelism."""
-    if not rollout.expert:
-        return {}
-    found = {name: match.group(1, 2) for name in names if (match := EXPERT.match(name))}
-    counts = {prefix: 1 + max(int(e) for other, e in found.values() if other == prefix) for prefix, _ in found.values()}
-    return {name: int(expert) * rollout.world // counts[prefix] for name, (prefix, expert) in found.items()}
-
-
-def split_buckets(sizes: list[int], most: int) -> list[tuple[int, int]]:
-    """(first, end) of consecutive tensors of `sizes` bytes that together are at most `most`, or a single larger one."""
-    starts, total = [0], 0
-    for index, size in enumerate(sizes):
-        if total and total + size > most:
-            starts.append(index)
-            total = 0
-        total += size
-    return list(pairwise([*starts, len(sizes)]))

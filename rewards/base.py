@@ -1,7 +1,5 @@
 """The protocol between rollouts and rewards."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol

@@ -1,8 +1,6 @@
 """Reward: the completion is a program that passes its tests. Each runs in a sandbox of its own; a socket between them
 carries calls and plain values, and the verdict comes over a pipe that only the tests' process has."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

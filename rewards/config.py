@@ -1,7 +1,5 @@
 """Configuration of rewards. No torch, Ray or vLLM here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,7 +32,6 @@ class RewardConfig(Config):
 
     @property
     def source(self) -> str:
-        """What gives the reward."""
         return self.function or self.model or self.path or ""
 
     @property

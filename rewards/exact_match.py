@@ -1,7 +1,5 @@
 """Reward: the completion is the answer, letter by letter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reward: the completion has a given form."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

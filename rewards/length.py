@@ -1,7 +1,5 @@
 """Reward: the completion is not too long."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

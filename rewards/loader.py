@@ -1,7 +1,5 @@
 """What can be known of a reward function before it is called: its signature against what TRL's GRPOTrainer passes."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Set
 from pathlib import Path
@@ -12,8 +10,7 @@ from rollout.functions import load_function, nearest
 
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What every call passes by keyword, besides the row's columns and the recipe's `args` (TRL 1.16's GRPOTrainer)."""
-NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
-"""Columns that TRL does not hand on."""
+NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})  # TRL does not hand them on
 
 
 def check_reward(config: RewardConfig, base_dir: Path, columns: Set[str]) -> None:

@@ -1,7 +1,5 @@
 """Reward: the completion's mathematical answer equals the row's (math-verify)."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Rewards of different scales, brought to one before they are summed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,17 +24,14 @@ class RewardNormalizer:
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         """The groups of one batch with their new totals; a running mean has the batch's own values in it."""
-        for label in self._running:
-            self._add(label, np.concatenate([group.scores.parts[label] for group in groups]))
+        for label, (n, mean, squares) in self._running.items():
+            values = np.concatenate([group.scores.parts[label] for group in groups])
+            values = values[~np.isnan(values)]
+            if len(values):  # Chan et al. 1979: count, mean and sum of squares of two sets together
+                both, shift = n + len(values), float(values.mean()) - mean
+                squares += float(values.var()) * len(values) + shift**2 * n * len(values) / both
+                self._running[label] = both, mean + shift * len(values) / both, squares
         return [replace(group, scores=replace(group.scores, total=self._total(group))) for group in groups]
-
-    def _add(self, label: str, values: np.ndarray) -> None:
-        """Chan et al. 1979: count, mean and sum of squares of two sets together."""
-        values, (n, mean, squares) = values[~np.isnan(values)], self._running[label]
-        if len(values):
-            both, shift = n + len(values), float(values.mean()) - mean
-            squares += float(values.var()) * len(values) + shift**2 * n * len(values) / both
-            self._running[label] = both, mean + shift * len(values) / both, squares
 
     def _total(self, group: Group) -> np.ndarray:
         total = group.scores.total.copy()
@@ -52,5 +47,4 @@ class RewardNormalizer:
         return {label: list(values) for label, values in self._running.items()}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Continue from `state`."""
         self._running = {label: (int(n), mean, squares) for label, (n, mean, squares) in state.items()}

@@ -5,8 +5,6 @@ submit(groups) ──> one thread per reward ──> its worker process: one cal
                    Future[list[Scores]] <── weighted sum, when every reward has answered
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pickle
@@ -20,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -47,18 +45,16 @@ class RewardSource(Protocol):
         """End it for good. Safe to call twice."""
 
 
-LOAD_LIMIT = 300.0
-"""Seconds for importing a reward's module, which may bring torch along."""
+LOAD_LIMIT = 300.0  # seconds for importing a reward's module, which may bring torch along
 
 
 class RewardPool:
     """Scores groups with a stage's reward functions (implements `rewards.base.Scorer`).
 
-    A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL. A
-    completion to which no function applies has total NaN and leaves its group.
-    on_error "stop": the future raises RewardError. "mask": the completions at fault have total NaN; the others' rewards
-    come from one more call without them, never from calls with one completion alone, whose values a function that
-    compares completions would get wrong.
+    A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL; where no
+    function applies, the total is NaN. on_error "stop": the future raises RewardError. "mask": the completions at fault
+    have total NaN; the others' rewards come from one more call without them, never from calls with one completion
+    alone, whose values a function that compares completions would get wrong.
     Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission.
     """
 
@@ -71,18 +67,14 @@ class RewardPool:
     ) -> None:
         """Start a process per reward function; returns before they are ready. The calling thread must outlive the pool.
 
-        models: what answers for the other rewards, by label; the pool closes them.
-        max_steps: of the stage, for `trainer_state`. A function sees every batch, in order of submission. One that
-        cannot be loaded makes the futures raise.
+        max_steps: of the stage, for `trainer_state`. models: what answers for the other rewards, by label; the pool
+        closes them. A function that cannot be loaded makes the futures raise.
         """
         self._max_steps = max_steps
-        self._workers: list[RewardSource] = [
-            models[config.label] if config.label in models else WorkerProcess(config, base_dir) for config in configs
-        ]
+        self._workers = [models.get(config.label) or WorkerProcess(config, base_dir) for config in configs]
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
-        """As `Scorer.submit`."""
         batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
         replies = [worker.thread.submit(_score, worker, groups, batch) for worker in self._workers]
         return self._sum.submit(_combine, groups, [worker.config for worker in self._workers], replies)
@@ -93,7 +85,7 @@ class RewardPool:
             worker.close()
         self._sum.shutdown()
 
-    def __enter__(self) -> RewardPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,15 +99,16 @@ def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
     columns: dict[str, list[Any]] = {name: [group.prompt.columns.get(name) for group, _ in rows] for name in names}
     columns["prompts"] = [group.prompt.text for group, _ in rows]
     columns["completions"] = [group.answer(completion) for group, completion in rows]
-    return Batch(columns, [np.asarray(one.token_ids, np.int32).tobytes() for _, one in rows], trainer_state)
+    columns["completion_ids"] = [completion.token_ids.tolist() for _, completion in rows]
+    return Batch(columns, trainer_state)
 
 
 class WorkerProcess:
     """One process with one reward function, loading from the start; started again after a hang or a death.
 
     A fresh interpreter: it inherits no torch, Ray or CUDA state, and the parent's `__main__` is not run again.
-    It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. What it prints
-    goes to standard error. The kernel kills it when the thread that started it ends. Its calls queue in `thread`.
+    It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. The kernel kills it
+    when the thread that started it ends.
     """
 
     def __init__(self, config: RewardConfig, base_dir: Path) -> None:
@@ -127,24 +120,19 @@ class WorkerProcess:
         self._launch()
 
     def ready(self) -> None:
-        """Wait until the function is loaded; RewardError when it cannot be, or the worker is closed."""
         if self._process.returncode is not None:
             self._launch()
-        if not self._loaded:
-            failure = self._exchange(LOAD_LIMIT).failure
-            if failure is not None:
-                self._kill()
-                reward = f"reward {self.config.function!r}"
-                raise RewardError("the reward pool is closed" if self._closed else f"{reward}: {failure}")
-            self._loaded = True
+        if not self._loaded and (failure := self._exchange(LOAD_LIMIT).failure) is not None:
+            self._kill()
+            reward = f"reward {self.config.function!r}"
+            raise RewardError("the reward pool is closed" if self._closed else f"{reward}: {failure}")
+        self._loaded = True
 
     def call(self, batch: Batch) -> Reply:
-        """Score `batch` within `timeout`; a hang or a death is a `Reply` with `failure`. Raises as `ready`."""
         self.ready()
         return self._exchange(self.config.timeout, batch)
 
     def close(self) -> None:
-        """Kill the process for good; a `call` after it raises RewardError."""
         with self._lock:
             self._closed = True
         self._kill()
@@ -192,7 +180,6 @@ class WorkerProcess:
 
 def _score(worker: RewardSource, groups: Sequence[Group], batch: Batch) -> Reply:
     """One function's values of a submission, a str where the completion is masked; RewardError as `on_error` says."""
-    size = len(batch.token_ids)
     reply = worker.call(batch)
     values = reply.values if reply.failure is None else _one_by_one(worker, batch)
     sound = [position for position, value in enumerate(values) if not isinstance(value, str)]
@@ -202,15 +189,14 @@ def _score(worker: RewardSource, groups: Sequence[Group], batch: Batch) -> Reply
         return reply
     again = worker.call(batch.select(sound)) if 0 < len(sound) < len(values) else reply
     if again.failure is not None:
-        return Reply(values=["masked"] * size)
-    columns = {name: values for name, values in again.logged.items() if isinstance(values, list)}
-    spread = {name: _spread(values, sound, [None] * size) for name, values in columns.items()}
-    return Reply(values=_spread(again.values, sound, ["masked"] * size), logged={**again.logged, **spread})
+        return Reply(values=["masked"] * len(batch))
 
+    def spread(found: Sequence[Any], other: Any) -> list[Any]:
+        given = dict(zip(sound, found, strict=True))
+        return [given.get(position, other) for position in range(len(batch))]
 
-def _spread(values: Sequence[Any], positions: Sequence[int], others: list[Any]) -> list[Any]:
-    given = dict(zip(positions, values, strict=True))
-    return [given.get(position, other) for position, other in enumerate(others)]
+    logged = {name: spread(found, None) if isinstance(found, list) else found for name, found in again.logged.items()}
+    return Reply(values=spread(again.values, "masked"), logged=logged)
 
 
 def _one_by_one(worker: RewardSource, batch: Batch) -> list[float | str | None]:
@@ -223,7 +209,7 @@ def _one_by_one(worker: RewardSource, batch: Batch) -> list[float | str | None]:
     worker.ready()  # the time that loading takes is not the function's
     deadline = time.monotonic() + worker.config.timeout * (2 if stop else 10)
     values: list[float | str | None] = []
-    for position in range(len(batch.token_ids)):
+    for position in range(len(batch)):
         reply = worker.call(batch.select([position]))
         values.append(reply.failure or reply.values[0])
         if time.monotonic() > deadline or (stop and isinstance(values[-1], str)):

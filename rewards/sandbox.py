@@ -1,8 +1,6 @@
 """Processes in a bubblewrap sandbox: no network, no files but the system's, an unprivileged user, limits. All processes
 of a sandbox end with its first, and that one with the thread that started it."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -3,9 +3,6 @@
 Imports neither numpy nor pydantic nor asyncio: a worker starts, and starts again after a kill, in a tenth of a second.
 """
 
-from __future__ import annotations
-
-import copy
 import ctypes
 import faulthandler
 import functools
@@ -19,10 +16,10 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 from rollout.functions import describe_error, load_function
 
@@ -36,18 +33,19 @@ TRAINER_STATE = {"epoch": 0.0, "global_step": 0, "max_steps": 0, "num_train_epoc
 class Batch:
     """What one call of a reward function is made from; whole groups, N completions in order.
 
-    columns: [N] each: `prompts`, `completions` and the dataset's. token_ids: [N] little bytes of int32.
-    state: fields of TRL's `trainer_state`.
+    columns: [N] each: `prompts`, `completions`, `completion_ids` and the dataset's. state: fields of TRL's
+    `trainer_state`.
     """
 
     columns: Mapping[str, Sequence[Any]]
-    token_ids: Sequence[bytes]
     state: Mapping[str, Any]
 
-    def select(self, positions: Sequence[int]) -> Batch:
-        """These completions only."""
+    def __len__(self) -> int:
+        return len(self.columns["completions"])
+
+    def select(self, positions: Sequence[int]) -> Self:
         columns = {name: [values[position] for position in positions] for name, values in self.columns.items()}
-        return Batch(columns, [self.token_ids[position] for position in positions], self.state)
+        return replace(self, columns=columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +92,11 @@ def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch)
     metrics: dict[str, list[float]] = defaultdict(list)
     try:
         result = function(
-            completion_ids=[memoryview(ids).cast("i").tolist() for ids in batch.token_ids],
             trainer_state=SimpleNamespace(**TRAINER_STATE | dict(batch.state)),
             log_extra=lambda column, values: extra[column].extend(map(_plain, values)),
             log_metric=lambda name, value: metrics[name].append(float(value)),
             # As in TRL, a function may change each completion's values in place.
-            **{name: [copy.deepcopy(value) for value in values] for name, values in batch.columns.items()},
+            **{name: [pickle.loads(pickle.dumps(value)) for value in values] for name, values in batch.columns.items()},
             **args,
         )
         if inspect.isawaitable(result):
@@ -110,12 +107,11 @@ def _answer(function: Callable[..., Any], args: Mapping[str, Any], batch: Batch)
     except BaseException as error:  # sys.exit() in a reward is an error of the reward, not the end of the worker
         source = vars(sys.modules[function.__module__]).get("__file__")
         return Reply(failure=describe_error(error, source), trace="".join(traceback.format_exception(error)))
-    size = len(batch.token_ids)
-    if len(values) != size:
-        return Reply(failure=f"returned {len(values)} rewards for {size} completions")
+    if len(values) != len(batch):
+        return Reply(failure=f"returned {len(values)} rewards for {len(batch)} completions")
     for column, logged in extra.items():
-        if len(logged) != size:
-            return Reply(failure=f"log_extra({column!r}, ...) got {len(logged)} values for {size} completions")
+        if len(logged) != len(batch):
+            return Reply(failure=f"log_extra({column!r}, ...) got {len(logged)} values for {len(batch)} completions")
     means = {name: sum(logged) / len(logged) for name, logged in metrics.items()}
     return Reply(values=values, logged=dict(extra) | means)
 

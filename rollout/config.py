@@ -1,7 +1,5 @@
 """Configuration of data, sampling and rollout engines. No torch, Ray or vLLM here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 

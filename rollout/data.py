@@ -1,7 +1,5 @@
 """Rows of a dataset as plain dicts: local files, a hub dataset, or a function."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,7 +49,6 @@ def _rename(row: Any, columns: Mapping[str, str], where: str) -> dict[str, Any]:
 
 
 def _path_rows(config: DataConfig, folder: Path) -> tuple[str, list[Any]]:
-    assert config.path is not None
     path = folder / Path(config.path).expanduser()
     if path.is_file() and path.suffix in FILE_SUFFIXES:
         if config.args:
@@ -61,8 +58,15 @@ def _path_rows(config: DataConfig, folder: Path) -> tuple[str, list[Any]]:
         raise ValueError(f"{path}: cannot read this kind of file; use one of {', '.join(FILE_SUFFIXES)}")
     if not path.is_dir() and (path.suffix in FILE_SUFFIXES or config.path.startswith((".", "~", "/"))):
         raise ValueError(f"{path}: no such file")
+    import datasets
+
     name = str(path) if path.is_dir() else config.path  # `datasets` reads a directory of files as it reads the hub
-    return name, _hub_rows(name, config)
+    arguments = {"split": "train"} | config.args
+    try:
+        dataset = datasets.load_dataset(name, **arguments)
+    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{name}: neither a file here nor loadable as a hub dataset ({arguments}): {error}") from error
+    return name, dataset.select(range(min(config.limit or len(dataset), len(dataset)))).to_list()
 
 
 def _file_rows(path: Path) -> list[Any]:
@@ -90,17 +94,6 @@ def _parse(data: bytes, where: str) -> Any:
         return json.loads(data)
     except ValueError as error:  # bad JSON and bad UTF-8 alike
         raise ValueError(f"{where}: not valid JSON: {error}") from error
-
-
-def _hub_rows(name: str, config: DataConfig) -> list[Any]:
-    import datasets
-
-    arguments = {"split": "train"} | config.args
-    try:
-        dataset = datasets.load_dataset(name, **arguments)
-    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{name}: neither a file here nor loadable as a hub dataset ({arguments}): {error}") from error
-    return dataset.select(range(min(config.limit or len(dataset), len(dataset)))).to_list()
 
 
 def _function_rows(spec: str, args: Mapping[str, Any], base_dir: Path) -> list[Any]:

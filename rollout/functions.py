@@ -1,7 +1,5 @@
 """Finding a user's function: `module:function` or `file.py:function`. Rewards and data functions come through here."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.util
@@ -72,7 +70,6 @@ def _from_file(path: Path) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # before execution, as the import system does: dataclasses and pickle look it up
     try:

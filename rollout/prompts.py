@@ -1,19 +1,16 @@
 """Prompts from rows, and a resumable, fingerprinted stream of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import jinja2
 import numpy as np
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from rollout.types import Prompt, Text, Trajectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Prompt]:
@@ -97,7 +94,7 @@ def is_held_out(prompt: Any, share: float) -> bool:
 T = TypeVar("T")
 
 
-class Stream(Generic[T]):
+class Stream(Iterator[list[T]], Generic[T]):
     """Endless batches of items, shuffled anew in each epoch, that can be continued from a saved state.
 
     An epoch's order depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so
@@ -107,28 +104,20 @@ class Stream(Generic[T]):
     def __init__(self, items: Sequence[T], batch_size: int, seed: int, digest: str | None = None) -> None:
         """digest: of items and seed, where `fingerprint` cannot make it."""
         assert items, "a stream needs at least one item"
-        self.items = items
-        self.batch_size = batch_size
-        self.seed = seed
+        self.items, self.batch_size = items, batch_size
         self.fingerprint = digest or fingerprint(items, seed)
-        self._start(epoch=0, position=0)
-
-    def __iter__(self) -> Iterator[list[T]]:
-        return self
+        self._given = 0
+        self._order = lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(items)))
 
     def __next__(self) -> list[T]:
-        batch: list[T] = []
-        while len(batch) < self.batch_size:
-            if self.position == len(self.items):
-                self._start(self.epoch + 1, 0)
-            chosen = self._order[self.position : self.position + self.batch_size - len(batch)]
-            batch.extend(self.items[index] for index in chosen)
-            self.position += len(chosen)
-        return batch
+        places = range(self._given, self._given + self.batch_size)
+        self._given = places.stop
+        return [self.items[self._order(place // len(self.items))[place % len(self.items)]] for place in places]
 
     def state(self) -> dict[str, Any]:
         """Where the next batch starts; JSON-serialisable."""
-        return {"epoch": self.epoch, "position": self.position, "fingerprint": self.fingerprint}
+        epoch, position = divmod(self._given, len(self.items))
+        return {"epoch": epoch, "position": position, "fingerprint": self.fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises `ValueError` if it belongs to other data or another seed."""
@@ -137,11 +126,7 @@ class Stream(Generic[T]):
                 f"the dataset or the seed has changed since the checkpoint (fingerprint {state['fingerprint']} then, "
                 f"{self.fingerprint} now): restore them, or start the stage anew"
             )
-        self._start(state["epoch"], state["position"])
-
-    def _start(self, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
-        self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
+        self._given = state["epoch"] * len(self.items) + state["position"]
 
 
 def fingerprint(items: Sequence[Prompt] | Sequence[Trajectory], seed: int) -> str:

@@ -1,7 +1,5 @@
 """The sampler's protocol: what the rest of the house may ask of an inference engine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -3,9 +3,8 @@
 Shape letters: T tokens of a sequence, G completions of a prompt, L MoE layers, K experts per token.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -62,46 +61,15 @@ class Trajectory:
     routes: np.ndarray | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Trajectories:
-    """Many trajectories in a few arrays, one after the other: between processes an array costs more than its bytes.
-
-    ends: [B] where each ends among the tokens. token_ids, loss_mask, logprobs: [sum of T]. routes: [sum of T-1, L, K].
-    `batch[i]` is trajectory i, in views.
-    """
-
-    ends: np.ndarray
-    token_ids: np.ndarray
-    loss_mask: np.ndarray
-    logprobs: np.ndarray
-    finish_reasons: tuple[FinishReason, ...]
-    version_spans: tuple[tuple[VersionSpan, ...], ...]
-    routes: np.ndarray | None
+class Trajectories(tuple[Trajectory, ...]):
+    """Many trajectories, pickled into one value: between processes each array costs more than its bytes."""
 
     @classmethod
-    def of(cls, trajectories: Sequence[Trajectory]) -> Self:
-        """The trajectories' values, copied; all of them have routes, or none has."""
-        routes = [trajectory.routes for trajectory in trajectories if trajectory.routes is not None]
-        return cls(
-            ends=np.cumsum([len(trajectory.token_ids) for trajectory in trajectories]),
-            token_ids=np.concatenate([trajectory.token_ids for trajectory in trajectories]),
-            loss_mask=np.concatenate([trajectory.loss_mask for trajectory in trajectories]),
-            logprobs=np.concatenate([trajectory.logprobs for trajectory in trajectories]),
-            finish_reasons=tuple(trajectory.finish_reason for trajectory in trajectories),
-            version_spans=tuple(trajectory.version_spans for trajectory in trajectories),
-            routes=np.concatenate(routes) if routes else None,
-        )
+    def of(cls, trajectories: Iterable[Trajectory]) -> Self:
+        return cls(trajectories)
 
-    def __getitem__(self, index: int) -> Trajectory:
-        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
-        return Trajectory(
-            token_ids=self.token_ids[start:end],
-            loss_mask=self.loss_mask[start:end],
-            logprobs=self.logprobs[start:end],
-            finish_reason=self.finish_reasons[index],
-            version_spans=self.version_spans[index],
-            routes=None if self.routes is None else self.routes[start - index : end - index - 1],
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (pickle.dumps(tuple(self)),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """Flat buffers of checkpoint-named tensors and parts of them: what leaves the trainer, what the engine must receive."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod

@@ -172,10 +172,8 @@ def test_averaged_gradients_would_be_seen(two_ranks: dict, plain: dict):
     assert gradient_error(two_ranks["averaged"], plain) > 1e-2
 
 
-def test_one_rank_in_float32_stays_a_plain_model(plain: dict):
-    model = tiny_model("deepseek-v2").train()
-    shard_model(model, None, dtype=torch.float32)
-    found = train(model, slice(None))
+def test_one_rank_in_float32_stays_a_plain_model(plain: dict, one_rank: None):
+    found = train(sharded(), slice(None))
     assert gradient_error(found, plain) == 0
     assert found["norms"] == pytest.approx(plain["norms"], rel=1e-6)
     assert parameter_error(found, plain) < 1e-7
@@ -214,9 +212,8 @@ def test_packed_weights_of_two_ranks_make_those_of_one(two_ranks: dict):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_activation_checkpointing_recomputes_each_layer(recompute: bool):
-    model, calls = tiny_model("deepseek-v2").eval(), []
-    shard_model(model, None, dtype=torch.float32, activation_checkpointing=recompute)
+def test_activation_checkpointing_recomputes_each_layer(recompute: bool, one_rank: None):
+    model, calls = sharded(activation_checkpointing=recompute), []
     for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
     backward(model, batch(0)[0])
@@ -239,8 +236,6 @@ def test_a_gradient_that_is_not_finite_is_an_error():
         clip_grad_norm([parameter], 1.0)
 
 
-def test_wrong_dtypes_are_refused():
+def test_wrong_dtypes_are_refused(one_rank: None):
     with pytest.raises(ValueError, match=r"dtype=torch\.float32"):
-        shard_model(tiny_model("llama").bfloat16(), None, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="needs meshes"):
-        shard_model(tiny_model("llama"), None, dtype=torch.bfloat16)
+        shard_model(tiny_model("llama").bfloat16(), make_meshes(TrainConfig(), "cpu"), dtype=torch.bfloat16)

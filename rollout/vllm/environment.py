@@ -4,8 +4,6 @@ vLLM and torch read these variables when they are imported, so a process must st
 (on Ray: in the actor's `runtime_env`); `VllmEngine` refuses to start where they are missing.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from importlib import metadata

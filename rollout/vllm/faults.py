@@ -20,8 +20,6 @@ On every device (seen on 0.32):
 Not a fault: 0.25 (read) has no MLA on the CPU, and `engine_options` says so; 0.28's fails to import.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from functools import partialmethod
@@ -119,12 +117,9 @@ def repack_experts(model: torch.nn.Module) -> None:
 
 def repack_tied_head(model: torch.nn.Module) -> None:
     """After a reload on the CPU: pack anew an output layer that shares the embedding's weights."""
-    embeddings, heads = [], []
-    for layer in model.modules():
-        if isinstance(layer, VocabParallelEmbedding):
-            (heads if isinstance(layer, ParallelLMHead) else embeddings).append(layer)
-    for head in heads:
-        if any(head.weight is embedding.weight for embedding in embeddings):
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    for head in layers:
+        if isinstance(head, ParallelLMHead) and any(head.weight is other.weight for other in layers if other != head):
             head.quant_method.process_weights_after_loading(head)
 
 

@@ -1,7 +1,5 @@
 """NCCL between processes that share no process group of torch's, by vLLM's communicator."""
 
-from __future__ import annotations
-
 import torch
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.utils import StatelessProcessGroup

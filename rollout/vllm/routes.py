@@ -1,7 +1,5 @@
 """Which experts vLLM chose for every token, on devices where vLLM does not return them itself (the CPU build, 0.32)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +7,7 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import bind_routed_experts_capturer
 
-UNKNOWN = -1
-"""In place of the experts of a token that no forward pass was seen for."""
+UNKNOWN = -1  # in place of the experts of a token that no forward pass was seen for
 
 
 class RouteRecorder:
@@ -24,9 +21,7 @@ class RouteRecorder:
         self._runner, self._block = runner, block
         self._layers: dict[int, torch.Tensor] = {}
         self._blocks: dict[bytes, np.ndarray] = {}
-        self._prompts: Sequence[np.ndarray] = ()
-        self._starts = np.empty(0, np.int64)
-        self._routes = np.empty((0, 0, 0), np.int16)
+        self.end()
         model = runner.get_model()
         bind_routed_experts_capturer(model, self)
         model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -37,11 +32,10 @@ class RouteRecorder:
 
     def begin(self, prompts: Sequence[np.ndarray], max_tokens: Sequence[int]) -> None:
         """New requests, numbered in this order, start from an empty record."""
+        self.end()
         self._prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         room = np.array([len(prompt) + most for prompt, most in zip(prompts, max_tokens, strict=True)], np.int64)
-        self._starts = np.cumsum(room) - room
-        self._routes = np.empty((0, 0, 0), np.int16)
-        self._size = int(room.sum())
+        self._starts, self._size = np.cumsum(room) - room, int(room.sum())
 
     def take(self, request: int, length: int) -> np.ndarray:
         """[length - 1, L, K] int16 of a finished request of `length` tokens, the last of which was never read."""
@@ -78,12 +72,8 @@ class RouteRecorder:
             self._routes = np.full((self._size, *routes.shape[1:]), UNKNOWN, np.int16)
         offset = np.arange(total) - np.repeat(bounds[:-1], counts)
         self._routes[np.repeat(self._starts[requests] + read, counts) + offset] = routes
-        for row in np.flatnonzero(counts >= self._block):
-            self._keep_blocks(int(requests[row]), int(read[row]), int(read[row] + counts[row]))
-
-    def _keep_blocks(self, request: int, first: int, last: int) -> None:
-        """Blocks of a prompt that this forward pass computed whole: later requests may find them in the cache."""
-        prompt, start = self._prompts[request], self._starts[request]
-        last = min(last, len(prompt))
-        for end in range(-(-first // self._block) * self._block + self._block, last + 1, self._block):
-            self._blocks[prompt[:end].tobytes()] = self._routes[start + end - self._block : start + end].copy()
+        for row in np.flatnonzero(counts >= self._block):  # later requests may find whole blocks in the cache
+            prompt, start, first = self._prompts[requests[row]], self._starts[requests[row]], int(read[row])
+            last = min(first + counts[row], len(prompt))
+            for end in range(-(-first // self._block) * self._block + self._block, last + 1, self._block):
+                self._blocks[prompt[:end].tobytes()] = self._routes[start + end - self._block : start + end].copy()

@@ -1,18 +1,12 @@
 """Weights into the live engine through vLLM's own weight-transfer interface, from flat buffers, checked."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -23,11 +17,6 @@ BACKEND = "parcels"
 
 
 @dataclass
-class ParcelInit(WeightTransferInitInfo):
-    """Nothing to agree on: sender and receiver share a process."""
-
-
-@dataclass
 class ParcelUpdate(WeightTransferUpdateInfo):
     """A bucket of a hand-over. parcels: what every training rank sends of its tensors. last: the hand-over is whole."""
 
@@ -35,14 +24,14 @@ class ParcelUpdate(WeightTransferUpdateInfo):
     last: bool
 
 
-class ParcelEngine(WeightTransferEngine[ParcelInit, ParcelUpdate]):
+class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
     """Receives the model's tensors bucket by bucket, under their checkpoint names, and reloads layer by layer."""
 
-    init_info_cls = ParcelInit
+    init_info_cls = WeightTransferInitInfo
     update_info_cls = ParcelUpdate
 
-    def init_transfer_engine(self, init_info: ParcelInit) -> None:
-        """Nothing to connect."""
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """Nothing to connect: parcels come from the process itself."""
 
     def start_weight_update(self) -> None:
         """Make every layer ready to be filled anew."""
