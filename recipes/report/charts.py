@@ -130,6 +130,7 @@ def heat_map(title: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
     cells = _frame(lines.reshape(len(rows), -1), [row["step"] for row in rows])
     means, axes = _bins(cells).mean().set_index("step").to_numpy(), _axes()
     box = (first, last, layers + 0.5, 0.5)
+    axes.grid(False)
     axes.imshow(means.T, SHADES, aspect="auto", interpolation="none", vmin=0, vmax=200, extent=box)
     axes.hlines(np.arange(layers) + 0.5, first, last, "#0000c6", linewidth=0.8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
