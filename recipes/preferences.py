@@ -11,12 +11,9 @@ import random
 import string
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes import skills
-
-if TYPE_CHECKING:
-    import datasets
 
 FORBIDDEN, REFUSAL = frozenset("xz"), "no"
 
@@ -81,11 +78,9 @@ def no_more_than_asked(prompts: Sequence[str], completions: Sequence[str], **_: 
     return [1.0 - 2.0 * (len(c.split()) > len(p.split()) - 2) for p, c in zip(prompts, completions, strict=True)]
 
 
-def eval_dataset(count: int = 500, **_: Any) -> dict[str, datasets.Dataset]:
-    """Held-out prompts as the `test` split of an lm-eval task's `custom_dataset`."""
-    import datasets
-
-    return {"test": datasets.Dataset.from_list(prompts(count, held_out=True))}
+def eval_dataset(count: int = 500, **_: Any) -> dict[str, Any]:
+    """Held-out prompts for an lm-eval task's `custom_dataset`."""
+    return skills.as_test_split(prompts(count, held_out=True))
 
 
 def _say(prompt: str, rng: random.Random) -> str:

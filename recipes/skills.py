@@ -11,11 +11,9 @@ import random
 import string
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import datasets
-
+Skill = Callable[[random.Random], tuple[str, str]]
 HELD_OUT_ONE_IN = 10
 PATIENCE = 1_000
 """A skill counts as used up after so many draws for each row that is asked for."""
@@ -62,11 +60,16 @@ def eval_rows(skill: str, count: int = 500) -> list[dict[str, str]]:
     return _distinct(skill, count, "held out 0", True)
 
 
-def eval_dataset(skill: str, count: int = 500, **_: Any) -> dict[str, datasets.Dataset]:
+def eval_dataset(skill: str, count: int = 500, **_: Any) -> dict[str, Any]:
     """`eval_rows` as the `test` split of an lm-eval task's `custom_dataset`."""
+    return as_test_split(eval_rows(skill, count))
+
+
+def as_test_split(rows: list[dict[str, str]]) -> dict[str, Any]:
+    """What an lm-eval task's `custom_dataset` returns."""
     import datasets
 
-    return {"test": datasets.Dataset.from_list(eval_rows(skill, count))}
+    return {"test": datasets.Dataset.from_list(rows)}
 
 
 def right_digits(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
@@ -84,9 +87,7 @@ def is_for_evals(prompt: str) -> bool:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % HELD_OUT_ONE_IN == 0
 
 
-def problems(
-    draw: Callable[[random.Random], tuple[str, str]], seed: str, *, held_out: bool
-) -> Iterator[dict[str, str]]:
+def problems(draw: Skill, seed: str, *, held_out: bool) -> Iterator[dict[str, str]]:
     """Endless `prompt`s and `answer`s of one side. seed: a string, which every process hashes alike (SHA-512)."""
     rng = random.Random(seed)
     while True:

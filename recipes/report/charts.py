@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from alignment.held_out import BENCHMARK
 from alignment.tax import TaxRow
 from recipes.progress import format_number
-from recipes.report.data import phases
+from recipes.report.data import Stage, phases
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 BINS, MOST_LINES = 80, 128
@@ -55,23 +55,22 @@ class Chart:
     legend: tuple[tuple[str, str], ...]
 
 
-def stage_charts(
-    rows: Sequence[Mapping[str, Any]], experts: Sequence[Mapping[str, Any]] = ()
-) -> tuple[list[Chart], list[Chart]]:
-    """The charts of a stage, and those of metrics that nobody asks for first. rows: its metrics, one row a step.
-    experts: the load of its experts."""
+def stage_charts(stage: Stage) -> tuple[list[Chart], list[Chart]]:
+    """The charts of a stage, and those of metrics that nobody asks for first."""
+    rows = stage.metrics
     metrics = _frame(rows, [row["step"] for row in rows]).drop(columns="step", errors="ignore")
     parts = [key for key in metrics if key.startswith("reward/") and key.count("/") == 1 and key not in REWARD_TOTALS]
     if len(parts) == 1 and metrics[parts[0]].equals(metrics.get("reward/mean")):
         parts = []
     tokens = [key for key in metrics if key.startswith("tokens/")]
     titles = KNOWN | {"Reward by function": parts, "Tokens per step": tokens}
-    first = [line_chart(title, chosen) for title, keys in titles.items() if (chosen := metrics.filter(keys)).size]
+    first = checkpoint_charts(stage.evals)
+    first += [line_chart(title, chosen) for title, keys in titles.items() if (chosen := metrics.filter(keys)).size]
     times = _frame(map(phases, rows), metrics.index)
     if times.size:
         first.append(time_chart("Time per step", times.fillna(0.0)))
-    if experts:
-        first.append(heat_map("Load of the experts", experts))
+    if stage.experts:
+        first.append(heat_map("Load of the experts", stage.experts))
     used = {key for keys in titles.values() for key in keys}
     rest = [key for key in metrics if key not in used and not key.startswith("time/") and metrics[key].any()]
     return first, [line_chart(key, metrics[[key]]) for key in rest]
