@@ -58,7 +58,7 @@ def run_ours(work: Work, questions: Questions) -> None:
     folder = Path(work.model)
     reward = RewardConfig(function="rewards.exact_match:exact_match")
     config = GRPOConfig(
-        prompts=DataConfig(function="recipes.skills:addition_prompts"), rewards=(reward,),
+        prompts=DataConfig(function="recipes.skills:skill_prompts"), rewards=(reward,),
         steps=work.steps, prompts_per_step=work.prompts, completions=work.completions,
         max_new_tokens=work.max_new_tokens, learning_rate=work.learning_rate,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.schema import load_recipe
-from recipes.skills import addition_prompts
+from recipes.skills import skill_prompts
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
 QUIET = 0.1
@@ -43,7 +43,7 @@ class Work:
     @property
     def rows(self) -> list[dict[str, str]]:
         """The prompts of every step, in the order both sides read them: `prompt`, and `answer` for the reward."""
-        return addition_prompts(self.steps * self.prompts, seed=self.seed)
+        return skill_prompts("addition", self.steps * self.prompts, seed=self.seed)
 
 
 def set_environment() -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from alignment.evals import TaskInfo
 
 Rows = list[dict[str, Any]]
+FATES = ("cut", "dropped", "too long", "unfit", "held out")
 ASSUMPTION = "smallest drop: its interval, 95% for all of them together, leaves out zero when 20% of the items flip"
 
 
@@ -54,13 +55,11 @@ def check_files(loaded: LoadedRecipe) -> dict[int, Rows]:
 
     Raises RecipeError. Imports neither torch nor Ray nor vLLM.
     """
-    recipe, problems = loaded.recipe, _Problems(loaded)
-    rows: dict[int, Rows] = {}
-    with problems.at(("trackers",)):
+    recipe, problems, rows = loaded.recipe, _Problems(loaded), dict[int, Rows]()
+    with problems.at("trackers"):
         check_trackers(recipe.trackers)
     for key, name in _local_paths(recipe):
-        path = recipe.folder / Path(name).expanduser()
-        if not path.exists():
+        if not (path := recipe.folder / Path(name).expanduser()).exists():
             problems.add(key, f"no such file or folder: {path}")
     for index, stage in enumerate(recipe.stages):
         if Path(stage.data.path or "").suffix in FILE_SUFFIXES:  # not a function's, not on the hub
@@ -74,7 +73,7 @@ def check_libraries(
 ) -> Iterator[RenderableType]:
     """Check the data, tokenizer, rewards and eval tasks with the libraries that read them; no model is loaded.
 
-    rows: what `check_files` has read. contaminated: gets what `contamination` finds. Raises RecipeError.
+    rows: what `check_files` has read. contaminated: as in `check`. Raises RecipeError.
     """
     recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
     for index, stage in enumerate(recipe.stages):
@@ -82,7 +81,7 @@ def check_libraries(
             _load(recipe, index, found, problems)
         columns = {"prompt", "completion", "score"} if stage.data.from_ else set().union(*found.get(index, ()))
         for number, reward in enumerate(stage.rollout.rewards if stage.rollout and columns else ()):
-            with problems.at(("stages", index, stage.kind, "rewards", number)):
+            with problems.at("stages", index, stage.kind, "rewards", number):
                 if reward.function is not None:
                     check_reward(reward, recipe.folder, columns)
                 elif reward.path is not None:
@@ -90,19 +89,17 @@ def check_libraries(
 
                     check_classifier(reward.path, recipe.folder)
     problems.stop()
-    with problems.at(("model",)):
+    with problems.at("model"):
         tokenizer = _tokenizer(recipe, found, problems)
     problems.stop()
     tables = [_lengths(recipe, found, tokenizer, problems)]
     if recipe.evals.tasks:
-        with problems.at(("evals",)):
+        with problems.at("evals"):
             from alignment.evals import check_tasks
 
             length = recipe.rollout.max_length
             tasks = check_tasks(recipe.evals, recipe.folder, length, tokenizer, recipe.seed, recipe.data_folder)
-            lines = contamination(recipe, found, tasks)
-            contaminated.extend(lines)
-            tables += [*_evals(recipe, tasks, problems), _contamination(lines)]
+            tables += [*_evals(recipe, tasks, problems), _contamination(recipe, found, tasks, contaminated)]
     problems.stop()
     yield from tables
 
@@ -118,7 +115,7 @@ class _Problems:
         self.found.append(self.source.problem(key, message))
 
     @contextmanager
-    def at(self, key: Key) -> Iterator[None]:
+    def at(self, *key: str | int) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
@@ -147,10 +144,10 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 
 def _load(recipe: Recipe, index: int, rows: dict[int, Rows], problems: _Problems) -> None:
     stage = recipe.stages[index]
-    with problems.at(_data_key(index, stage)):
+    with problems.at(*_data_key(index, stage)):
         rows[index] = stage_rows(recipe, stage)
     if stage.rollout is None and index in rows:
-        with problems.at(("stages", index, stage.kind)):
+        with problems.at("stages", index, stage.kind):
             stage.config.check_schedule(stage.config.total_steps(len(rows[index])))
 
 
@@ -170,13 +167,10 @@ def _tokenizer(recipe: Recipe, rows: Mapping[int, Rows], problems: _Problems) ->
     for section, name, problem in misfits(recipe.train, recipe.rollout, model.to_dict()):
         problems.add((section, name), problem)
     context = model.max_position_embeddings
-    lengths: dict[Key, int] = {("rollout",): recipe.rollout.max_length}
-    lengths |= {
-        ("stages", i, stage.kind): stage.config.max_length for i, stage in enumerate(recipe.stages) if not stage.rollout
-    }
-    for key, length in lengths.items():
-        if length > context:
-            problems.add((*key, "max_length"), f"{length} tokens, the model's context is {context}")
+    stages = [(("stages", i, s.kind), s.config) for i, s in enumerate(recipe.stages) if not s.rollout]
+    for key, config in [(("rollout",), recipe.rollout), *stages]:
+        if config.max_length > context:
+            problems.add((*key, "max_length"), f"{config.max_length} tokens, the model's context is {context}")
     return tokenizer
 
 
@@ -194,20 +188,17 @@ def _lengths(
     for index, stage in enumerate(recipe.stages):
         if index not in rows:  # an earlier stage samples them
             continue
-        with problems.at(_data_key(index, stage)):
+        with problems.at(*_data_key(index, stage)):
             if stage.rollout:
                 items = make_prompts(rows[index], tokenizer, stage.source)
                 check_lengths(items, longest, stage.rollout.max_new_tokens, stage.source)
                 limit = f"{longest - stage.rollout.max_new_tokens:,} for a prompt"
-            elif stage.reward_model:
-                items, held, counts = make_judged_rows(rows[index], tokenizer, stage.config, stage.source)
-                stage.config.check_schedule(stage.config.total_steps(len(items)))
-                limit = f"{stage.config.max_length:,}: {counts['too long']:,} too long, {counts['unfit']:,} unfit"
-                limit += f"; {len(held):,} held out"
             else:
-                items, counts = make_sft_rows(rows[index], tokenizer, stage.config, stage.source)
+                make_rows = make_judged_rows if stage.reward_model else make_sft_rows
+                items, *_, counts = make_rows(rows[index], tokenizer, stage.config, stage.source)
                 stage.config.check_schedule(stage.config.total_steps(len(items)))
-                limit = f"{stage.config.max_length:,}: {counts['cut']:,} rows cut, {counts['dropped']:,} left out"
+                fates = [f"{counts[fate]:,} {fate}" for fate in FATES if fate in counts]
+                limit = f"{stage.config.max_length:,}: {', '.join(fates)}"
             lengths = [len(item.token_ids) for item in items]
             mean = sum(lengths) / len(lengths)
             table.add_row(stage.name, f"{len(lengths):,}", f"{mean:,.1f}", f"{max(lengths):,}", limit)
@@ -231,22 +222,21 @@ def _evals(recipe: Recipe, tasks: Sequence[TaskInfo], problems: _Problems) -> It
     yield from (Text(line, style="yellow") for line in ([] if unknown else undetectable(keep, drops)))
 
 
-def contamination(recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo]) -> list[dict[str, Any]]:
-    """The eval items that stand in the rows of the stages (`summary`). rows: of every stage, by its index."""
+def _contamination(
+    recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo], contaminated: list[dict[str, Any]]
+) -> Table:
+    """The eval items that stand in the rows of the stages, which `contaminated` gets as well."""
     items = {task.name: task.texts for task in tasks}
     texts = (
-        (stage.name, number, text)
-        for index, stage in enumerate(recipe.stages)
-        for number, row in enumerate(rows.get(index, ()))
+        (recipe.stages[index].name, number, text)
+        for index, of_stage in sorted(rows.items())
+        for number, row in enumerate(of_stage)
         for text in row_texts([row])
     )
-    return summary(overlaps(items, texts), items)
-
-
-def _contamination(lines: Sequence[Mapping[str, Any]]) -> Table:
+    contaminated += summary(overlaps(items, texts), items)
     table = Table("stage", "eval", "items", "first rows", "words in common", title="Eval items in training rows")
-    table.caption = None if lines else "none"
-    for line in lines:
+    table.caption = None if contaminated else "none"
+    for line in contaminated:
         share = f"[yellow]{line['contaminated']:,} of {line['items']:,}"
         table.add_row(line["source"], line["task"], share, ", ".join(map(str, line["rows"])), Text(line["words"]))
     return table

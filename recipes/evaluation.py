@@ -12,15 +12,13 @@ from alignment.held_out import HeldOut, held_out_rows
 from alignment.metrics import append, read
 from alignment.tax import TaskResult, compare, load_results
 from recipes.build import Run
-from recipes.gate import Breach, breaches, choose_checkpoint
+from recipes.gate import breaches, choose_checkpoint
 from recipes.progress import print_tax
 from recipes.resume import StageFolder
 from recipes.schema import Stage
 
-Evals = tuple[list[TaskResult], list[dict[str, Any]]]
 
-
-def evaluate(run: Run, limit: int | None = None) -> Evals:
+def evaluate(run: Run, limit: int | None = None) -> tuple[list[TaskResult], list[dict[str, Any]]]:
     """The recipe's benchmarks, or the first `limit` items of each, on the live engines: results and samples."""
     recipe, config = run.recipe, run.recipe.evals
     if limit is not None:
@@ -69,12 +67,12 @@ def evaluate_after(run: Run, stage: Stage, folder: StageFolder) -> None:
         _roll_back(run, stage, folder, before)
     after, step = load_results(folder.results), max((row["step"] for row in read(folder.metrics)), default=0)
     rows = compare(start, after)
-    note = [str(breach) for breach in breaches(rows, keep)]
+    note = breaches(rows, keep)
     if folder.breached.is_dir():
         step = int(folder.rolled_back.read_text(encoding="utf-8"))
         lost = compare(start, load_results(folder.breached / folder.results.name))
         where = f"step {step}" if step else "the weights that the stage started from"
-        note = [f"rolled back to {where}", *map(str, breaches(lost, keep))]
+        note = [f"rolled back to {where}", *breaches(lost, keep)]
         tables[before.name, folder.breached.name] = lost
     rows = [*held_out_rows(folder.held_out, step), *rows]
     tables[before.name, folder.results.parent.name] = rows
@@ -92,7 +90,7 @@ def _roll_back(run: Run, stage: Stage, folder: StageFolder, before: StageFolder)
     start, found = load_results(before.results), {}
     rewards = {row["step"]: row.get("reward/held_out") for row in read(folder.evals)} if folder.evals.is_file() else {}
 
-    def broken(step: int) -> list[Breach]:
+    def broken(step: int) -> list[str]:
         run.engine.load(folder.candidate(step), run.folder.tokenizer, stage.config)
         found[step] = evaluate(run)
         return breaches(compare(start, found[step][0]), run.recipe.evals.keep)

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from alignment.tax import TaxRow, detectable_drop
 from rollout.functions import nearest
 
 
-@dataclass(frozen=True, slots=True)
-class Breach:
-    """A limit that is broken: the whole interval, low to high, lies below it. More is better, whatever the metric."""
-
-    benchmark: str
-    limit: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.benchmark}: {self.low:+.3f} … {self.high:+.3f} lies below its limit of {self.limit:+g}"
-
-
-def breaches(rows: Iterable[TaxRow], keep: Mapping[str, float]) -> list[Breach]:
-    """The broken limits. rows: a tax table against the policy that the stage started from. keep: benchmark or group ->
-    the least difference that it may have, -0.02 of an accuracy, say; where lower is better, a rise counts as the drop.
+def breaches(rows: Iterable[TaxRow], keep: Mapping[str, float]) -> list[str]:
+    """A message for each limit that is broken. rows: a tax table against the policy that the stage started from.
+    keep: benchmark or group -> the least difference that it may have, -0.02 of an accuracy, say; where lower is better,
+    a rise counts as the drop.
 
     A limit holds unless the whole interval lies below it; an interval that is NaN breaks none. Raises ValueError for a
     limit without its row: one that is never compared would never be broken.
@@ -33,7 +20,8 @@ def breaches(rows: Iterable[TaxRow], keep: Mapping[str, float]) -> list[Breach]:
     ends = {row.benchmark: (row.low, row.high) if row.higher_is_better else (-row.high, -row.low) for row in rows}
     if unknown := unknown_limits(keep, ends):
         raise ValueError("; ".join(unknown))
-    return [Breach(name, limit, *ends[name]) for name, limit in keep.items() if ends[name][1] < limit]
+    broken = [(name, limit, *ends[name]) for name, limit in keep.items() if ends[name][1] < limit]
+    return [f"{name}: {low:+.3f} … {high:+.3f} lies below its limit of {limit:+g}" for name, limit, low, high in broken]
 
 
 def unknown_limits(keep: Iterable[str], evaluated: Iterable[str]) -> list[str]:
@@ -57,7 +45,7 @@ def undetectable(keep: Mapping[str, float], drops: Mapping[str, float]) -> list[
     ]
 
 
-def choose_checkpoint(rewards: Mapping[int, float | None], broken: Callable[[int], Sequence[Breach]]) -> int | None:
+def choose_checkpoint(rewards: Mapping[int, float | None], broken: Callable[[int], Sequence[str]]) -> int | None:
     """The step with the highest reward on held-out prompts that breaks no limit, of equals the earliest; None: go back.
 
     broken: the limits that a step's full eval breaks; asked from the highest reward on, until a step breaks none.

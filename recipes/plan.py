@@ -23,6 +23,9 @@ def plan(recipe: Recipe, rows: Mapping[int, Sequence[Any]]) -> Iterator[Table]:
         arithmetic = {"grpo": _grpo, "sample": _sample}.get(stage.kind, _dataset)
         for name, text in arithmetic(recipe, stage.config, known and len(known)):
             table.add_row(name, text)
+        if stage.rollout:
+            new, longest = stage.rollout.max_new_tokens, recipe.rollout.max_length
+            table.add_row("lengths", f"prompt {longest - new:,} + new {new:,} = {longest:,} at most")
         yield table
 
 
@@ -38,19 +41,15 @@ def _dataset(recipe: Recipe, config: DatasetStageConfig, rows: int | None) -> It
 
 def _grpo(recipe: Recipe, config: GRPOConfig, rows: int | None) -> Iterator[tuple[str, str]]:
     prompts, completions, updates = config.prompts_per_step, config.completions, config.updates_per_batch
-    new, longest = config.max_new_tokens, recipe.rollout.max_length
     yield "steps", f"{config.steps:,}" + (f", {config.steps * prompts / rows:.2f} epochs" if rows else "")
     yield "per step", f"{prompts:,} prompts x {completions:,} completions = {prompts * completions:,} sequences"
     yield "updates", f"{updates:,} per step, of {prompts // updates * completions:,} sequences each"
-    yield "tokens", _tokens(recipe, prompts, updates, completions * longest)
-    yield "lengths", f"prompt {longest - new:,} + new {new:,} = {longest:,} at most"
+    yield "tokens", _tokens(recipe, prompts, updates, completions * recipe.rollout.max_length)
 
 
 def _sample(recipe: Recipe, config: SampleConfig, rows: int | None) -> Iterator[tuple[str, str]]:
     if rows is not None:
         yield "completions", f"{rows * config.completions:,}, {config.completions:,} of each prompt"
-    new, longest = config.max_new_tokens, recipe.rollout.max_length
-    yield "lengths", f"prompt {longest - new:,} + new {new:,} = {longest:,} at most"
 
 
 def _tokens(recipe: Recipe, groups: int, updates: int, tokens: int) -> str:

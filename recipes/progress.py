@@ -32,7 +32,7 @@ class StageProgress(Progress):
         bar = (SpinnerColumn(), "[bold]{task.description}", BarColumn(24, complete_style="cyan"), "{task.fields[line]}")
         super().__init__(*bar, console=console, get_time=clock, disable=not console.is_terminal)
         self._stage = self.add_task(name, total=total, completed=first, line="starting")
-        self._name, self._total = name, total
+        self._total = total
         self._recent = deque([(clock(), 0.0)], maxlen=WINDOW + 1)  # (time, tokens so far) after each step
         self._printed = -math.inf
 
@@ -44,7 +44,7 @@ class StageProgress(Progress):
         self.update(self._stage, completed=step, line=line)
         if self.disable and (step == self._total or now - self._printed >= EVERY):
             self._printed = now
-            self.console.print(Text(f"{self._name}  {line}"), soft_wrap=True)
+            self.console.print(Text(f"{self.tasks[0].description}  {line}"), soft_wrap=True)
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"{step:>{len(str(self._total))}}/{self._total}"]

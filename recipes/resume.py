@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from alignment.files import write_text
 from alignment.metrics import json_lines
@@ -71,7 +71,11 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.initial = path / "initial"
         self.tokenizer = path / "tokenizer"
-        self._lock = _lock(path / ".lock")
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise RecipeError([f"{path}: another process is running in this folder"]) from None
         now, kept = resolved(recipe), path / "recipe.yaml"
         before = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else now
         if (changes := difference(before, now)) and not accept_changes:
@@ -87,10 +91,10 @@ class RunFolder:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether its weights are there and, if there are evals, its table: the last thing that a stage writes."""
-        folder, tables = self.stage(stage), [table for table in self._tables() if table["stage"] == stage.name]
+        folder, tables = self.stage(stage), self._tables(stage)
         broken = any(table.get("gate") for table in tables) and not folder.rolled_back.is_file()
-        judged = bool(tables) and not (broken and stage.config.keep == "rollback")
-        return folder.final.is_dir() and (judged or not (stage.is_policy and self.recipe.evals.tasks))
+        judged = tables and not (broken and stage.config.keep == "rollback")
+        return folder.final.is_dir() and bool(judged or not (stage.is_policy and self.recipe.evals.tasks))
 
     def add_tax(self, stage: str, tables: Mapping[tuple[str, str], Sequence[TaxRow]], gate: list[str]) -> None:
         """Write a stage's tables into `tax.json`, in place of earlier ones.
@@ -106,24 +110,16 @@ class RunFolder:
 
     def check_gate(self, stage: Stage) -> None:
         """Raise GateError where a finished stage broke a limit, and says `keep: stop`."""
-        broken = [line for table in self._tables() if table["stage"] == stage.name for line in table.get("gate", [])]
+        broken = [line for table in self._tables(stage) for line in table.get("gate", [])]
         if broken and stage.config.keep == "stop":
             raise GateError(f"{stage.name}: {'; '.join(broken)} (`keep: stop`; `keep: warn` goes on)")
 
-    def _tables(self) -> list[dict[str, Any]]:
+    def _tables(self, stage: Stage | None = None) -> list[dict[str, Any]]:
+        """What `tax.json` holds, of one stage or of all."""
         path = self.path / "tax.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        tables = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return [table for table in tables if stage is None or table["stage"] == stage.name]
 
     def close(self) -> None:
         """Let another process run here."""
-        self._lock.close()
-
-
-def _lock(path: Path) -> TextIO:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RecipeError([f"{path.parent}: another process is running in this folder"]) from None
-    return file
+        self._lock.release()

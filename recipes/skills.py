@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import random
 import string
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
-if TYPE_CHECKING:
-    import datasets
-
+Skill = Callable[[random.Random], tuple[str, str]]
 HELD_OUT_ONE_IN = 10
 PATIENCE = 1_000
-"""So many repeated problems in a row, and a skill counts as used up."""
+"""A skill counts as used up after so many draws for each row that is asked for."""
 
 
 def addition(rng: random.Random) -> tuple[str, str]:
@@ -44,34 +43,33 @@ SKILLS = {"addition": addition, "sorting": sorting, "reversing": reversing}
 def sft_rows(addition: int, sorting: int, reversing: int, seed: int = 0) -> list[dict[str, str]]:
     """Distinct training rows of each skill, mixed: `prompt`, `completion` (a space, then the answer) and `answer`."""
     counts = {"addition": addition, "sorting": sorting, "reversing": reversing}
-    rows = [row for skill, count in counts.items() for row in _rows(skill, count, seed, held_out=False)]
+    rows = [row for skill, count in counts.items() for row in _distinct(skill, count, f"training {seed}", False)]
     random.Random(f"mix {seed}").shuffle(rows)
     return rows
 
 
-def addition_prompts(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`skill_prompts` of addition."""
-    return skill_prompts("addition", count, seed)
-
-
 def skill_prompts(skill: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     """`count` problems of a skill for RL, none of them held out: `prompt` and `answer`. Frequent ones may repeat."""
-    rows = _rows(skill, count, seed, held_out=False, distinct=False)
-    return [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
+    return list(islice(problems(SKILLS[skill], f"{skill} training {seed}", held_out=False), count))
 
 
 def eval_rows(skill: str, count: int = 500) -> list[dict[str, str]]:
     """`count` distinct held-out rows of one skill, always the same; a shorter list is the start of a longer one."""
     if skill not in SKILLS:
         raise ValueError(f"unknown skill `{skill}`; there are: {', '.join(SKILLS)}")
-    return _rows(skill, count, 0, held_out=True)
+    return _distinct(skill, count, "held out 0", True)
 
 
-def eval_dataset(skill: str, count: int = 500, **_: Any) -> dict[str, datasets.Dataset]:
+def eval_dataset(skill: str, count: int = 500, **_: Any) -> dict[str, Any]:
     """`eval_rows` as the `test` split of an lm-eval task's `custom_dataset`."""
+    return as_test_split(eval_rows(skill, count))
+
+
+def as_test_split(rows: list[dict[str, str]]) -> dict[str, Any]:
+    """What an lm-eval task's `custom_dataset` returns."""
     import datasets
 
-    return {"test": datasets.Dataset.from_list(eval_rows(skill, count))}
+    return {"test": datasets.Dataset.from_list(rows)}
 
 
 def right_digits(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
@@ -84,25 +82,30 @@ def right_digits(completions: Sequence[str], answer: Sequence[str], **_: Any) ->
     return [sum(map(str.__eq__, text, gold)) / max(len(text), len(gold)) for text, gold in pairs]
 
 
-def is_held_out(prompt: str) -> bool:
-    """Whether the problem is for evals alone."""
+def is_for_evals(prompt: str) -> bool:
+    """Whether the problem is held out."""
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % HELD_OUT_ONE_IN == 0
 
 
-def _rows(skill: str, count: int, seed: int, *, held_out: bool, distinct: bool = True) -> list[dict[str, str]]:
-    """Rows of one side; seeded by a string, which Python hashes with SHA-512, the same in every process."""
+def problems(draw: Skill, seed: str, *, held_out: bool) -> Iterator[dict[str, str]]:
+    """Endless `prompt`s and `answer`s of one side. seed: a string, which every process hashes alike (SHA-512)."""
+    rng = random.Random(seed)
+    while True:
+        prompt, answer = draw(rng)
+        if is_for_evals(prompt) == held_out:
+            yield {"prompt": prompt, "answer": answer}
+
+
+def _distinct(skill: str, count: int, seed: str, held_out: bool) -> list[dict[str, str]]:
     if count < 0:
         raise ValueError(f"{skill}: cannot make {count} rows")
-    rng = random.Random(f"{skill} {'held out' if held_out else 'training'} {seed}")
-    rows, seen, repeats = [], set[str](), 0
-    while len(rows) < count:
-        prompt, answer = SKILLS[skill](rng)
-        if is_held_out(prompt) != held_out:
-            continue
-        repeats = repeats + 1 if distinct and prompt in seen else 0
-        if repeats == PATIENCE:
-            raise ValueError(f"{skill}: asked for {count} distinct rows, found {len(rows)}; ask for fewer")
-        if not repeats:
-            seen.add(prompt)
-            rows.append({"prompt": prompt, "completion": f" {answer}", "answer": answer})
-    return rows
+    rows: dict[str, dict[str, str]] = {}
+    drawn = problems(SKILLS[skill], f"{skill} {seed}", held_out=held_out)
+    for row in islice(drawn, PATIENCE * count):
+        completed = {"prompt": row["prompt"], "completion": f" {row['answer']}", "answer": row["answer"]}
+        rows.setdefault(row["prompt"], completed)
+        if len(rows) == count:
+            break
+    if len(rows) < count:
+        raise ValueError(f"{skill}: asked for {count} distinct rows, found {len(rows)}; ask for fewer")
+    return list(rows.values())

@@ -14,6 +14,8 @@ import pytest
 from recipes import versions
 from recipes.cli import describe, main
 from recipes.errors import RecipeError
+from recipes.resume import RunFolder
+from recipes.schema import load_recipe
 
 RECIPE = "name: small\nmodel: {init: {}}\nstages:\n  - sft: {data: {path: pairs.jsonl}, steps: 3}\n"
 Run = Callable[..., None]
@@ -151,3 +153,12 @@ def test_unsupported_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatc
     installed["python"] = "3.13.1"
     with pytest.raises(RecipeError, match=r"^python 3\.13\.1 is installed; >=3\.11,<3\.13 is supported"):
         versions.check_versions()
+
+
+def test_a_run_folder_belongs_to_one_process_at_a_time(recipe: Path):
+    output, loaded = recipe.parent / "run", load_recipe(recipe).recipe
+    folder = RunFolder(output, loaded, accept_changes=False)
+    with pytest.raises(RecipeError, match=r"run: another process is running in this folder"):
+        RunFolder(output, loaded, accept_changes=False)
+    folder.close()
+    RunFolder(output, loaded, accept_changes=False).close()

@@ -9,10 +9,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from recipes import contamination
 from recipes.contamination import Overlap, normal_words, overlaps, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,14 +122,6 @@ def test_other_scripts():
     assert len(overlaps({"ru": [(russian, "")]}, [("sft", 0, russian.upper())])) == 1
 
 
-def test_a_collision_of_hashes_is_not_an_overlap(monkeypatch):
-    monkeypatch.setattr(contamination, "BASE", np.uint64(0))  # the hash of a window is now that of its last word
-    words = QUESTION.split()
-    other = " ".join(["x"] * 12 + words[12:13])
-    assert overlaps({"gsm8k": [(QUESTION, "")]}, [("sft", 0, other)]) == []
-    assert len(overlaps({"gsm8k": [(QUESTION, "")]}, [("sft", 0, other + " " + QUESTION)])) == 1
-
-
 def test_nothing_to_compare():
     assert overlaps({}, [("sft", 0, QUESTION)]) == [] and overlaps({"a": []}, [("sft", 0, QUESTION)]) == []
     assert overlaps({"a": [(QUESTION, "")]}, []) == []
@@ -142,10 +132,10 @@ def test_summary_counts_items_and_names_the_first_rows():
     rows = [("sft", number, QUESTION) for number in (9, 4, 5, 6, 7, 8)] + [("rl", 1, "Three!"), ("sft", 2, "One, two")]
     lines = summary(overlaps(items, rows), items)
     assert [tuple(line.values())[:4] for line in lines] == [
-        ("rl", "b", 1, 1),
         ("sft", "a", 3, 3),
+        ("rl", "b", 1, 1),
     ]
-    assert lines[1]["rows"] == [2, 4, 5, 6, 7] and lines[1]["words"] == "one two"
+    assert lines[0]["rows"] == [2, 4, 5, 6, 7] and lines[0]["words"] == "one two"
     assert json.loads(json.dumps(lines)) == lines
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignment.tax import TaskResult, TaxRow, compare, detectable_drop, tango_interval
-from recipes.gate import Breach, breaches, choose_checkpoint, smallest_drops, undetectable, unknown_limits
+from recipes.gate import breaches, choose_checkpoint, smallest_drops, undetectable, unknown_limits
 from recipes.schema import load_recipe
 
 
@@ -32,7 +32,7 @@ def row(low: float, high: float, *, name: str = "bbh", higher: bool = True, grou
     ],
 )
 def test_a_limit_is_broken_when_the_whole_interval_lies_below_it(low, high, limit, broken):
-    expected = [Breach("bbh", limit, low, high)] if broken else []
+    expected = [f"bbh: {low:+.3f} … {high:+.3f} lies below its limit of {limit:+g}"] if broken else []
     assert breaches([row(low, high)], {"bbh": limit}) == expected
     turned = breaches([row(-high, -low, higher=False)], {"bbh": limit})
     assert turned == expected, "where lower is better, a rise is a drop"
@@ -46,8 +46,8 @@ def test_each_benchmark_and_group_has_its_own_limit():
         row(-0.4, -0.3, name="reasoning", group=True),
     ]
     found = breaches(rows, {"reasoning": -0.1, "b": -0.1, "a": -0.1})
-    assert [one.benchmark for one in found] == ["reasoning", "a"]
-    assert str(found[1]) == "a: -0.500 … -0.400 lies below its limit of -0.1"
+    assert found[0].startswith("reasoning: ") and len(found) == 2
+    assert found[1] == "a: -0.500 … -0.400 lies below its limit of -0.1"
     assert breaches(rows, {}) == []
 
 
@@ -85,7 +85,8 @@ def test_a_planted_tax_is_caught_and_named():
     spoilt = [*chances[:2], chances[2] * 0.6, chances[3]]
     keep = {str(k): -0.02 for k in range(4)}
     caught = [
-        {one.benchmark for one in breaches(compare(evals(rng, chances), evals(rng, spoilt)), keep)} for _ in range(20)
+        {one.split(":")[0] for one in breaches(compare(evals(rng, chances), evals(rng, spoilt)), keep)}
+        for _ in range(20)
     ]
     assert caught.count({"2"}) >= 19
 
@@ -115,11 +116,11 @@ def test_the_drop_of_a_group_is_about_the_one_that_its_interval_can_show():
 
 
 def test_rollback_takes_the_highest_reward_that_keeps_every_limit():
-    breach = [Breach("bbh", -0.02, -0.2, -0.1)]
+    breach = ["bbh: -0.200 … -0.100 lies below its limit of -0.02"]
     rewards = {10: 0.2, 20: 0.6, 30: 0.4, 40: 0.9, 50: math.nan, 60: None, 70: 0.6}
     asked: list[int] = []
 
-    def broken(step: int) -> list[Breach]:
+    def broken(step: int) -> list[str]:
         asked.append(step)
         return breach if step == 40 else []
 

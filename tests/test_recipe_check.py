@@ -242,4 +242,4 @@ def test_real_gsm8k_passes(shared_data: Path, recipe: Path):
     loaded = load_recipe(recipe, [*overrides, "rollout.max_length=1024", "stages.0.sft.max_length=1024"])
     table = next(check_libraries(loaded, check_files(loaded), []))
     assert [list(map(str, table.columns[i].cells)) for i in (0, 1)] == [["sft", "grpo"], ["200", "200"]]
-    assert list(table.columns[4].cells) == ["1,024: 0 rows cut, 0 left out", "1,016 for a prompt"]
+    assert list(table.columns[4].cells) == ["1,024: 0 cut, 0 dropped", "1,016 for a prompt"]

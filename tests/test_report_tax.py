@@ -61,7 +61,7 @@ def test_lost_items_of_choices_and_of_a_metric_where_lower_is_better(run_dir):
 
 def test_the_reward_stands_against_the_benchmarks_at_every_checkpoint(run_dir):
     html, _ = render(run_dir)
-    assert html.count('aria-label="Reward against benchmarks, by checkpoint"') == 1
+    assert html.count("<figcaption>Reward against benchmarks, by checkpoint") == 1
     (chart,) = checkpoint_charts(read_run(run_dir).stages[1].evals)
     assert chart.legend == (("held-out reward", "0.700"), ("addition", "0.510"), ("sorting", "0.900"))
     rows = [{"step": 5, "reward/held_out": -2.5, "scores": {"a/acc": 0.5, "b": 0.4}}, {"step": 9, "scores": {"b": 0.3}}]

@@ -34,7 +34,7 @@ stages:
       learning_rate: 2.0e-3
       checkpoint_every: 5
   - grpo:
-      prompts: {function: "recipes.skills:addition_prompts", args: {count: 200}}
+      prompts: {function: "recipes.skills:skill_prompts", args: {skill: addition, count: 200}}
       rewards:
         - {function: "my_rewards.py:digits", weight: 0.5}
         - {function: "rewards.exact_match:exact_match"}

@@ -32,7 +32,7 @@ def right_answer(prompt: str) -> str:
 
 def test_every_answer_is_right():
     rows = skills.sft_rows(300, 300, 300) + [row for skill in skills.SKILLS for row in skills.eval_rows(skill, 200)]
-    rows += skills.addition_prompts(300)
+    rows += skills.skill_prompts("addition", 300)
     for row in rows:
         assert row["answer"] == right_answer(row["prompt"])
         assert row.get("completion", " " + row["answer"]) == " " + row["answer"]
@@ -49,7 +49,9 @@ def test_rows_are_as_many_as_asked_distinct_and_mixed():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_held_out_problems_are_never_trained_on(seed: int):
-    trained = {row["prompt"] for row in skills.sft_rows(5000, 4000, 4000, seed) + skills.addition_prompts(20000, seed)}
+    trained = {
+        row["prompt"] for row in skills.sft_rows(5000, 4000, 4000, seed) + skills.skill_prompts("addition", 20000, seed)
+    }
     held_out = [row["prompt"] for skill in skills.SKILLS for row in skills.eval_rows(skill, 500)]
     assert len(set(held_out)) == 1500
     assert trained.isdisjoint(held_out)
@@ -57,17 +59,17 @@ def test_held_out_problems_are_never_trained_on(seed: int):
 
 def test_the_split_is_by_the_problem_and_not_by_the_draw(monkeypatch):
     """Were training and held-out rows only drawn with different seeds, they would meet."""
-    monkeypatch.setattr(skills, "is_held_out", lambda prompt: False)
-    trained = {row["prompt"] for row in skills.addition_prompts(20000)}
-    monkeypatch.setattr(skills, "is_held_out", lambda prompt: True)
+    monkeypatch.setattr(skills, "is_for_evals", lambda prompt: False)
+    trained = {row["prompt"] for row in skills.skill_prompts("addition", 20000)}
+    monkeypatch.setattr(skills, "is_for_evals", lambda prompt: True)
     assert not trained.isdisjoint(row["prompt"] for row in skills.eval_rows("addition"))
 
 
 def test_rl_draws_from_every_problem_that_is_not_held_out():
-    prompts = {row["prompt"] for row in skills.addition_prompts(20000)}
+    prompts = {row["prompt"] for row in skills.skill_prompts("addition", 20000)}
     problems = {f"add {a} {b} =" for a in range(100) for b in range(100)}
     assert prompts <= problems and len(prompts) > 8000
-    assert 8900 < sum(not skills.is_held_out(problem) for problem in problems) < 9100
+    assert 8900 < sum(not skills.is_for_evals(problem) for problem in problems) < 9100
 
 
 def test_seeds_change_training_rows_and_leave_held_out_ones():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -15,7 +15,8 @@ import yaml
 
 from alignment.held_out import BENCHMARK
 from alignment.metrics import read
-from alignment.tax import TaxRow, load_results, row_from_json
+from alignment.tax import load_results, row_from_json
+from recipes.progress import step_tokens
 from recipes.resume import StageFolder
 
 SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT, MOST_LOST = 4, 4, 3000, 5
@@ -41,6 +42,11 @@ class Stage:
     def seconds(self) -> float:
         """Time of all steps: `time/step` where there is one, else the phases together."""
         return sum(row.get("time/step") or sum(phases(row).values()) for row in self.metrics)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that all steps worked on."""
+        return sum(map(step_tokens, self.metrics))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +83,10 @@ def read_run(run_dir: Path) -> Run:
         raise ValueError(
             f"{run_dir} is no run folder: it has no recipe.yaml; give the folder that `align run --output` wrote"
         )
-    tables = _load(run_dir / "tax.json", json.loads) or []
-    tables = [
-        {"gate": [], "evals": "evals"} | table | {"rows": rows}
-        for table in tables
-        for rows in _scales(map(row_from_json, table["rows"]))
-    ]
+    tables = []
+    for table in _load(run_dir / "tax.json", json.loads) or []:  # a reward and benchmarks have no scale in common
+        by_scale = groupby(map(row_from_json, table["rows"]), lambda row: row.benchmark == BENCHMARK)
+        tables += [{"gate": [], "evals": "evals"} | table | {"rows": list(rows)} for _, rows in by_scale]
     stages = [_stage(run_dir, number, *next(iter(s.items()))) for number, s in enumerate(recipe["stages"], start=1)]
     folders = {name.split("-", 1)[1]: run_dir / name for name in ("00-base", *(stage.folder for stage in stages))}
     return Run(
@@ -115,11 +119,10 @@ def _lost_items(table: Mapping[str, Any], folders: Mapping[str, Path]) -> list[L
     worse = {row.benchmark for row in table["rows"] if row.verdict < 0}
     places = ((table["before"], "evals"), (table["after"], table["evals"]))
     evals = [folders[name] / place for name, place in places if name in folders]
-    paths = [folder / name for folder in evals for name in ("results.json", "samples.jsonl")]
-    if not worse or len(paths) < 4 or not all(path.is_file() for path in paths):
+    if not worse or sum((folder / "samples.jsonl").is_file() for folder in evals) < 2:
         return []
-    lost, samples = [], [read(path) for path in paths[1::2]]
-    for old, new in zip(load_results(paths[0]), load_results(paths[2]), strict=True):
+    lost, samples = [], [read(folder / "samples.jsonl") for folder in evals]
+    for old, new in zip(*(load_results(folder / "results.json") for folder in evals), strict=True):
         changes = (new.values - old.values) * (1 if old.higher_is_better else -1)
         for item in np.argsort(changes, kind="stable")[:MOST_LOST] if worse & {old.task, old.name} else ():
             if changes[item] < 0:  # a task's first filter, which its result is of, comes first
@@ -127,14 +130,6 @@ def _lost_items(table: Mapping[str, Any], folders: Mapping[str, Path]) -> list[L
                 target, answers = str(pair[0]["target"]), map(_answer, pair)
                 lost.append(LostItem(old.task, pair[0]["arguments"][0][0], target, *answers))
     return lost
-
-
-def _scales(rows: Iterable[TaxRow]) -> list[list[TaxRow]]:
-    """Rewards and benchmarks apart: they have no scale in common."""
-    rewards, benchmarks = [], []
-    for row in rows:
-        (rewards if row.benchmark == BENCHMARK else benchmarks).append(row)
-    return [part for part in (rewards, benchmarks) if part]
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
