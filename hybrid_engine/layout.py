@@ -1,4 +1,4 @@
-"""Which rank holds what, and which works on what, in training and in rollout. Pure arithmetic."""
+"""Which rank holds what, and which works on what, in training and in rollout: no device is touched."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from alignment.config import TrainConfig
 from rollout.config import RolloutConfig, routed_experts
+from rollout.vllm.environment import installed
 
 
 class ExpertLayout(NamedTuple):
@@ -48,8 +49,8 @@ def rollout_ranks(rollout: RolloutConfig) -> list[RolloutRank]:
 
 
 def misfits(train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(section, key, what is wrong) wherever a model cannot be laid over the ranks. model: its configuration's
-    values."""
+    """(section, key, what is wrong) wherever a model, by its configuration's values, cannot be laid over the ranks, or
+    not by the vLLM that is installed."""
     experts, kind = routed_experts(model), model["model_type"]
     for section, ranks in (("train", train.expert), ("rollout", rollout.world if rollout.expert else 1)):
         if ranks > 1 and not experts:
@@ -68,6 +69,8 @@ def misfits(train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]
     for name, size in split.items():
         if size % rollout.tensor:
             yield "rollout", "tensor", f"{rollout.tensor} does not divide the model's {name} ({size})"
+    if model.get("kv_lora_rank") and rollout.dtype == "float32" and installed().device == "cuda":
+        yield "rollout", "dtype", "vLLM's MLA kernels for CUDA know no float32; set it to bfloat16"
     heads = model.get("num_key_value_heads") or model["num_attention_heads"]
     if max(heads, rollout.tensor) % min(heads, rollout.tensor):
         yield "rollout", "tensor", f"of {rollout.tensor} and {heads} key-value heads one must divide the other"

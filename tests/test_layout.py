@@ -15,6 +15,7 @@ from hybrid_engine import placement
 from hybrid_engine.layout import expert_layout, misfits, rollout_ranks
 from hybrid_engine.placement import devices, reserve
 from rollout.config import RolloutConfig
+from rollout.vllm.environment import Installed
 
 
 def layout(shape: tuple[int, int, int]) -> TrainConfig:
@@ -57,6 +58,18 @@ def test_layouts_that_do_not_fit_the_model_are_refused(family: str, shape: tuple
     found = misfits(TrainConfig(**train), RolloutConfig(**rollout), model)
     problems = [f"{section}.{key}: {problem}" for section, key, problem in found]
     assert re.match(part, problems[0]) if part else not problems
+
+
+@pytest.mark.parametrize(("family", "refused"), [("deepseek-v2", True), ("qwen3-moe", False)])
+def test_float32_rollouts_of_mla_are_refused_on_cuda(
+    family: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every MLA backend of vLLM 0.25 and 0.32 for CUDA names float16 and bfloat16 as its dtypes."""
+    model, train = CONFIGS[family].to_dict(), TrainConfig()
+    assert not list(misfits(train, RolloutConfig(), model))
+    monkeypatch.setattr("hybrid_engine.layout.installed", lambda: Installed((0, 25), "cuda"))
+    assert [key for _, key, _ in misfits(train, RolloutConfig(), model)] == ["dtype"] * refused
+    assert not list(misfits(train, RolloutConfig(dtype="bfloat16"), model))
 
 
 @pytest.mark.parametrize(
