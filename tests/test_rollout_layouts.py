@@ -170,6 +170,7 @@ def test_log_probabilities_after_each_of_three_hand_overs(family, training, roll
                 assert sample.trajectory.version_spans[0].version == version
 
 
+@needs_capable_vllm
 @pytest.mark.parametrize(
     ("fault", "complaint"), [("left out", "shards: of tensor"), ("old", "version: buffers of hand-overs")]
 )
