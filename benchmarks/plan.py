@@ -11,7 +11,7 @@ policy and of the reference, four updates (one where the batch is 512).
 
 `memory`: a MoE and a dense model of 100 million parameters in six layouts, each in an engine as a run has it: a
 hand-over, completions of full length, the reference, an update, twice. Measured is the proportional set size of all
-processes of the run, twenty times a second; predicted is the plan's peak where nothing is moved.
+processes of the run, ten times a second; predicted is the plan's peak where nothing is moved.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def published() -> None:
         print("|", " | ".join(map(str, [*cells, f"{rest:,.0f}", f"{rest / run.seconds:.2f}", text])), "|")
 
 
-PROMPTS, COMPLETIONS, LENGTH, NEW, TOKENS = 8, 4, 256, 240, 2048
+PROMPTS, COMPLETIONS, LENGTH, NEW, TOKENS = 32, 4, 64, 56, 2048
 MODELS = {
     "MoE": {"hidden_size": 512, "num_hidden_layers": 9, "n_routed_experts": 32, "moe_intermediate_size": 256},
     "dense": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2560, "num_attention_heads": 12},
@@ -156,7 +156,7 @@ class Watch:
                 except psutil.Error:
                     total += 0  # it has just ended
             self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), total)
-            time.sleep(0.05)
+            time.sleep(0.1)
 
 
 def memory() -> None:
@@ -183,7 +183,7 @@ def memory() -> None:
 def one_layout(name: str, path: Path, train: TrainConfig, shown: dict[str, Any], layout: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
-    rollout = RolloutConfig(max_num_seqs=64, max_length=LENGTH, memory=0.25, bucket_mb=64, **layout)
+    rollout = RolloutConfig(max_num_seqs=128, max_length=LENGTH, memory=0.25, bucket_mb=64, **layout)
     model = model_of(AutoConfig.from_pretrained(path))
     work = Work(PROMPTS, COMPLETIONS, LENGTH - NEW, NEW, NEW, samples=True, reference=True)
     each = prospect(model, train, rollout, cluster(None), work)

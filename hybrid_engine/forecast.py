@@ -126,7 +126,7 @@ def step_seconds(
         found["hand-over"] = hand_over(model, rollout, cluster)
         found["generate"] = generation(model, rollout, cluster, work, cache)
     if work.judges:  # they score every sequence in float32, one device of a host after the other
-        flops = sum(work.judges) / 2 * work.groups * work.rows * (work.prompt + work.new)
+        flops = len(work.judges) * 2 * sum(model.active) * work.groups * work.rows * (work.prompt + work.new)
         found["score"] = {"compute": flops / (cluster.flops["float32"] * ASSUMED["dense_compute"])}
     if work.reference:
         found["reference"] = updates(1, 0)

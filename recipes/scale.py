@@ -20,7 +20,7 @@ from hybrid_engine.footprint import Model, model_of
 from hybrid_engine.forecast import Work
 from hybrid_engine.layout import misfits
 from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
-from recipes.errors import RecipeError
+from recipes.errors import RecipeError, shorten
 from recipes.schema import LoadedRecipe, Recipe, Stage
 
 
@@ -33,7 +33,9 @@ def scale(loaded: LoadedRecipe, cluster: Cluster) -> Iterator[RenderableType]:
     try:
         model = model_of(configuration(recipe))
     except (OSError, ValueError) as error:
-        raise RecipeError([loaded.source.problem(("model", "path"), f"no model to plan for: {error}")]) from error
+        raise RecipeError(
+            [loaded.source.problem(("model", "path"), f"no model to plan for: {shorten(str(error), 1)}")]
+        ) from error
     layouts = recipe.train, recipe.rollout
     problems = [((section, key), text) for section, key, text in misfits(*layouts, model.values)]
     needed = max(recipe.train.world, recipe.rollout.world * recipe.rollout.replicas)
@@ -55,7 +57,8 @@ def scale(loaded: LoadedRecipe, cluster: Cluster) -> Iterator[RenderableType]:
         yield _seconds(each)
         if each.error is not None:
             yield Text(f"It does not fit. {each.error}", style="red")
-            for text, missing in remedies(model, each, cluster, work)[:5]:
+            helping = [pair for pair in remedies(model, each, cluster, work) if pair[1] < each.error.missing]
+            for text, missing in helping[:5] or [("no other setting by itself", each.error.missing)]:
                 yield Text(f"  {text}: {f'{_gib(missing)} GiB are still missing' if missing else 'fits'}")
     slowest = max(found, key=lambda work: found[work].total)
     yield _layouts([found[slowest], *ranked(model, *layouts, cluster, slowest)], names[slowest][0])

@@ -252,7 +252,7 @@ def test_too_few_devices_and_layouts_that_do_not_fit_the_model_are_named(capsys)
     assert main(["plan", recipe, "--cluster", H100, "--set", "train.expert=64"]) == 2
     error = capsys.readouterr().err
     assert "need 128 devices, the cluster has 8" in error and "64 ranks do not divide" in error
-    assert error.count("deepseek_v2_cluster.yaml") == 2
+    assert "--set train.expert=64" in error and "deepseek_v2_cluster.yaml:7: train" in error
 
 
 @pytest.mark.parametrize(
