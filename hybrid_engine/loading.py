@@ -44,6 +44,7 @@ def load_model(
         meshes,
         dtype=torch.bfloat16 if train.dtype == "bfloat16" else torch.float32,
         activation_checkpointing=train.activation_checkpointing,
+        reshard_after_forward=train.activation_checkpointing,
     )
     model.to_empty(device=device)
     model.tie_weights()

@@ -106,11 +106,13 @@ def last_micro_batch(model: torch.nn.Module, last: bool) -> None:
     """Say before each micro-batch's forward whether its backward ends the update (as `RankPolicy` does).
 
     Ranks then communicate before the first and after the last micro-batch alone: until the last, parameters and
-    summed gradients stay unsharded. Every rank must run as many micro-batches as the others. Nothing on a plain model.
+    summed gradients stay unsharded; with activation checkpointing, which is for models that would not fit so, every
+    micro-batch gathers and reduces its own. Every rank must run as many as the others. Nothing on a plain model.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
+        now = last or model.is_gradient_checkpointing
+        model.set_requires_gradient_sync(now)
+        model.set_reshard_after_backward(now)
 
 
 def reshard(model: torch.nn.Module) -> None:

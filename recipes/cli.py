@@ -1,4 +1,4 @@
-"""The command `align`: run and check recipes, write reports."""
+"""The command `align`: run, check and plan recipes, write reports."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _run(args)
             case "check":
                 _print_check(load_recipe(args.recipe, args.overrides))
+            case "plan":
+                _print_plan(args)
             case "report":
                 from recipes.report import write_report
 
@@ -82,6 +84,17 @@ def _print_check(loaded: LoadedRecipe) -> list[dict[str, Any]]:
     return contaminated
 
 
+def _print_plan(args: argparse.Namespace) -> None:
+    from hybrid_engine.cluster import cluster
+
+    machines, loaded = cluster(args.cluster), load_recipe(args.recipe, args.overrides)
+    from recipes.scale import scale
+
+    console = Console()
+    for section in scale(loaded, machines):
+        console.print(section)
+
+
 def describe(error: BaseException) -> str:
     """The error that came first, and what it led to: at most a screen.
 
@@ -122,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--ray", metavar="ADDRESS", help="Ray cluster to run on (default: a local one)")
 
     commands.add_parser("check", parents=[recipe], help="everything that can be known before a model is loaded")
+    plan = commands.add_parser("plan", parents=[recipe], help="memory, time and the best layouts, without a device")
+    plan.add_argument("--cluster", metavar="HOSTSxDEVICESxKIND", help="as 16x8xH100-80GB (default: this machine)")
     report = commands.add_parser("report", help="write a run's report.html again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the run folder")
     commands.add_parser("schema", help="print the JSON Schema of a recipe, for editors")

@@ -98,6 +98,7 @@ def on_two_ranks(folder: Path) -> None:
     found["checkpointed"] = train(sharded(activation_checkpointing=True, reshard_after_forward=True), share)
     found["bfloat16"] = train(sharded(torch.bfloat16), share)
     found["collectives"] = collectives(sharded())
+    found["saving"] = collectives(sharded(activation_checkpointing=True, reshard_after_forward=True))
     found["stale"] = logits_after_change(sharded(), lambda model: None)
     found["resharded"] = logits_after_change(sharded(), reshard)
     model = sharded()
@@ -189,6 +190,11 @@ def test_bfloat16_computes_alike_on_one_and_two_ranks(two_ranks: dict, plain: di
 def test_only_the_first_and_last_micro_batch_communicate(two_ranks: dict):
     first, middle, last = two_ranks["collectives"]
     assert first > 0 and middle == 0 and last > 0
+
+
+def test_with_checkpointing_no_micro_batch_leaves_gathered_weights_behind(two_ranks: dict):
+    first, middle, last = two_ranks["saving"]
+    assert first == middle == last > 0
 
 
 def test_gathered_weights_are_stale_until_resharded(two_ranks: dict):

@@ -1,0 +1,186 @@
+"""A layout's prospects: what lies where in each phase of a step, how long it takes, which layouts do better, and what
+to change where nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import ceil
+from typing import Any
+
+from alignment.config import TrainConfig
+from hybrid_engine.cluster import ASSUMED, GIB, Cluster
+from hybrid_engine.footprint import Model, activations, cache_per_token, engine_weights, gathered, logits, sharded
+from hybrid_engine.forecast import Parts, Work, step_seconds
+from hybrid_engine.layout import misfits
+from hybrid_engine.residency import Component, Phase, ResidencyError, Schedule, Tier, best_schedule
+from rollout.config import RolloutConfig
+
+KEPT = ("processes", "parameters", "optimizer", "reference")
+"""What nothing can make again: it lies somewhere at all times."""
+STAYING = (*KEPT, "gradients", "rollout weights", "KV cache")
+"""What stays on the device where nothing is moved; all else is there in its phases alone."""
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A stage's step in one layout. seconds: phase -> what takes them. parts: side -> its components; the sides share
+    every device (`device`), or are `training device` and `rollout device`. Once solved: each side's schedule, or the
+    error that says why there is none."""
+
+    train: TrainConfig
+    rollout: RolloutConfig
+    seconds: Mapping[str, Parts]
+    parts: Mapping[str, tuple[Component, ...]]
+    tiers: tuple[Tier, Tier]
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    error: ResidencyError | None = None
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step, with those that transfers cost once it is solved."""
+        lost = sum(sum(schedule.lost.values()) for schedule in self.schedules.values())
+        return sum(sum(parts.values()) for parts in self.seconds.values()) + lost
+
+    def may_fit(self) -> bool:
+        """False where it is plain that it does not."""
+        room, whole = self.tiers[0].capacity, sum(tier.capacity for tier in self.tiers)
+        for parts in self.parts.values():
+            needs = [[part for part in parts if phase in part.needed_in] for phase in self.seconds]
+            most = max(sum(2 * p.piece if p.streamed_in else p.bytes for p in phase) for phase in needs)
+            if most > room or sum(part.bytes for part in parts if part.name in KEPT) > whole:
+                return False
+        return True
+
+    def resident(self, side: str) -> dict[str, int]:
+        """Phase -> bytes on the device where nothing is moved."""
+        parts = self.parts[side]
+        return {
+            phase: sum(part.bytes for part in parts if part.name in STAYING or phase in part.needed_in)
+            for phase in self.seconds
+        }
+
+    def solved(self) -> Prospect:
+        """With its schedules, or with the error that says why there is none."""
+        phases = [Phase(name, sum(parts.values())) for name, parts in self.seconds.items()]
+        try:
+            found = {side: best_schedule(parts, phases, self.tiers) for side, parts in self.parts.items()}
+        except ResidencyError as error:
+            return replace(self, error=error)
+        return replace(self, schedules=found)
+
+
+def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, work: Work) -> Prospect:
+    """What a layout needs and how long it takes; `solved` decides what lies where."""
+    on_cpu, weights = cluster.on_cpu, engine_weights(model.groups, rollout)
+    workspace = 0 if on_cpu else int(ASSUMED["engine_workspace"] * GIB)
+    cache = int(rollout.memory * (GIB if on_cpu else cluster.memory)) - (0 if on_cpu else weights + workspace)
+    seconds = step_seconds(model, train, rollout, cluster, work, max(0, cache))
+    length = work.prompt + work.longest
+    cache = max(cache, cache_per_token(model, rollout, on_cpu) * length)
+    # On the CPU a device is the memory of all ranks.
+    ranks, engines = (train.world, rollout.world * rollout.replicas) if on_cpu else (1, 1)
+    idle = ASSUMED["cpu_driver"] + ranks * ASSUMED["cpu_training"] + engines * ASSUMED["cpu_engine"]
+    own, tokens = 4 * sharded(model, train), min(work.rank_tokens(train), train.tokens_per_rank)
+    spoken = 0 if work.scores else ceil(tokens * work.new / (work.prompt + work.new))
+    saved = activations(model, train, tokens, length, on_cpu)
+    full = gathered(model, train, ceil(work.rank_tokens(train) / train.tokens_per_rank))
+    judges = sum(work.judges) // (1 if on_cpu else cluster.devices)
+    largest = max(engine_weights((group,), rollout) for group in model.groups[1:])  # a layer that is incomplete
+
+    def part(name: str, size: int, needed: str, changed: str) -> Component:
+        needs, changes = (frozenset(text.split()) & seconds.keys() for text in (needed, changed))
+        again = {} if name in KEPT else dict.fromkeys(changes, 0.0)
+        streamed = needs if name == "optimizer" else frozenset()
+        pieces = len(model.groups) if name in KEPT[1:] else 1
+        return Component(name, size, needs, changes, again, pieces, streamed)
+
+    processes = part("processes", int((idle if on_cpu else ASSUMED["communicators"]) * GIB), *[" ".join(seconds)] * 2)
+    training = [
+        part("parameters", ranks * own, "hand-over train step", "step"),
+        part("gradients", ranks * own, "train step", "train"),
+        part("optimizer", 2 * ranks * own, "step", "step"),
+        part("reference", ranks * own, "reference", ""),
+        part("activations", ranks * saved, "train", "train"),
+        part("logits", ranks * logits(model, train, spoken), "reference train", "reference train"),
+        part("gathered", ranks * full, "reference train", "reference train"),
+        replace(part("reward models", judges, "score", ""), remake={"score": sum(work.judges) / cluster.disk}),
+    ]
+    sampling = [
+        part("rollout weights", engines * weights, "hand-over generate", "hand-over"),
+        part("KV cache", engines * cache, "generate", "generate"),
+        part("hand-over buffers", engines * (3 * rollout.bucket_mb * 2**20 + largest), "hand-over", "hand-over"),
+        part("engine workspace", workspace, "generate", "generate"),
+    ]
+    sides = {"device": training + sampling}
+    if rollout.placement == "split":
+        sides = {"training device": training, "rollout device": sampling}
+    parts = {
+        side: (processes, *(p for p in found if p.bytes and (p.needed_in or p in sampling[:2])))
+        for side, found in sides.items()
+    }
+    room = cluster.memory - (0 if on_cpu else int(ASSUMED["device_reserved"] * GIB))
+    host = max(0, cluster.host_memory - int(ASSUMED["host_reserved"] * GIB)) // cluster.devices
+    speed = cluster.host_link * ASSUMED["links"]
+    lower = Tier("disk", 1 << 44, cluster.disk, cluster.disk) if on_cpu else Tier("host", host, speed, speed)
+    return Prospect(train, rollout, seconds, parts, (Tier("device", room), lower))
+
+
+def ranked(
+    model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, work: Work, count: int = 3
+) -> list[Prospect]:
+    """The `count` fastest layouts over all ranks of those that fit, solved; all other settings are as given. The first
+    is what `train: auto` and `rollout: auto` stand for."""
+    powers = [1 << n for n in range(cluster.ranks.bit_length()) if cluster.ranks % (1 << n) == 0]
+    trains, rollouts = [], []
+    for replicas, expert, saves in product(powers, powers, (False, True)):
+        shard = cluster.ranks // replicas
+        if shard % expert == 0 or expert % shard == 0:
+            new = {"replicate": replicas, "shard": shard, "expert": expert, "activation_checkpointing": saves}
+            trains.append(train.model_copy(update=new))
+    for tensor, data, expert in product(powers[:5], powers[:5], (False, True)):
+        world = tensor * data
+        if cluster.ranks % world == 0 and (world > 1 if expert else data == 1):
+            new = {"tensor": tensor, "data": data, "expert": expert, "replicas": cluster.ranks // world}
+            rollouts.append(rollout.model_copy(update=new))
+    alone = replace(work, samples=False, judges=())
+    trains = [each.train for each in _fastest(model, [(one, rollout) for one in trains], cluster, alone)]
+    if work.samples:
+        alone = replace(work, trains=False, reference=False, judges=())
+        rollouts = [each.rollout for each in _fastest(model, [(train, one) for one in rollouts], cluster, alone)]
+    pairs = product(trains, rollouts if work.samples else [rollout])
+    found = [each.solved() for each in _fastest(model, pairs, cluster, work)]
+    return sorted((each for each in found if each.error is None), key=lambda each: each.total)[:count]
+
+
+def _fastest(model: Model, layouts: Any, cluster: Cluster, work: Work, count: int = 6) -> list[Prospect]:
+    fit = (pair for pair in layouts if not any(misfits(*pair, model.values)))
+    found = (prospect(model, *pair, cluster, work) for pair in fit)
+    return sorted((each for each in found if each.may_fit()), key=lambda each: each.total)[:count]
+
+
+def remedies(model: Model, given: Prospect, cluster: Cluster, work: Work) -> list[tuple[str, int]]:
+    """(a setting, bytes that are missing with it, 0 where it fits), the best first."""
+    train, rollout, found = given.train, given.rollout, []
+    tries: dict[str, list[Any]] = {
+        "train.activation_checkpointing": [True],
+        "train.dtype": ["bfloat16"],
+        "train.tokens_per_rank": [max(work.prompt + work.longest, train.tokens_per_rank // 2)],
+        "train.expert": [2, 4, 8, 16, 32],
+        "train.shard": [2 * train.shard],
+        "rollout.dtype": ["bfloat16"],
+        "rollout.memory": [rollout.memory / 2],
+        "rollout.tensor": [2 * rollout.tensor],
+        "grpo.kl": [0],
+    }
+    for key, value in ((key, value) for key, values in tries.items() for value in values):
+        section, name = key.split(".")
+        one = train.model_copy(update={name: value}) if section == "train" else train
+        two = rollout.model_copy(update={name: value}) if section == "rollout" else rollout
+        if one.world % one.expert == 0 and not any(misfits(one, two, model.values)):
+            less = replace(work, reference=work.reference and section != "grpo")
+            error = prospect(model, one, two, cluster, less).solved().error
+            wide = f", on {one.world} devices" if one.world > cluster.ranks else ""
+            found.append((f"{key}: {str(value).lower()}{wide}", error.missing if error else 0))
+    return sorted(found, key=lambda pair: pair[1])

@@ -1,0 +1,153 @@
+"""What `align plan` prints: a recipe on a cluster, known before a device is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import PurePath
+
+import yaml
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, DeepseekV2Config, PreTrainedConfig
+
+from alignment.config import RewardModelConfig, SFTConfig
+from alignment.model import model_source
+from alignment.presets import PRESETS
+from hybrid_engine.cluster import ASSUMED, GIB, Cluster
+from hybrid_engine.footprint import Model, model_of
+from hybrid_engine.forecast import Work
+from hybrid_engine.layout import misfits
+from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
+from recipes.errors import RecipeError, shorten
+from recipes.schema import LoadedRecipe, Recipe, Stage
+
+
+def scale(loaded: LoadedRecipe, cluster: Cluster) -> Iterator[RenderableType]:
+    """Every stage's memory, seconds and schedule in the recipe's layouts, then the best layouts for the slowest stage.
+
+    Raises RecipeError where the model or its layouts are impossible.
+    """
+    recipe = loaded.recipe
+    try:
+        model = model_of(configuration(recipe))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            [loaded.source.problem(("model", "path"), f"no model to plan for: {shorten(str(error), 1)}")]
+        ) from error
+    layouts = recipe.train, recipe.rollout
+    problems = [((section, key), text) for section, key, text in misfits(*layouts, model.values)]
+    needed = max(recipe.train.world, recipe.rollout.world * recipe.rollout.replicas)
+    if needed > cluster.ranks and not cluster.on_cpu:
+        problems.append((("train",), f"the layouts need {needed} devices, the cluster has {cluster.ranks}"))
+    if problems:
+        raise RecipeError([loaded.source.problem(*problem) for problem in problems])
+    what = f"{(model.dense + model.routed) / 1e9:,.4g}B parameters, {sum(model.active) / 1e9:,.3g}B for a token"
+    where = "this machine" if cluster.on_cpu else f"{cluster.hosts} x {cluster.devices} {cluster.kind}"
+    yield Text(f"{what}, on {where}: {_gib(cluster.memory)} GiB a device, {_gib(cluster.host_memory)} GiB a host")
+    names: dict[Work, list[str]] = {}
+    for stage in recipe.stages:
+        names.setdefault(work_of(recipe, stage, model), []).append(stage.name)
+    found = {work: prospect(model, *layouts, cluster, work).solved() for work in names}
+    for work, each in found.items():
+        yield Text(f"\n{', '.join(names[work])}: {each.total:,.1f} s a step", style="bold")
+        for side in each.parts:
+            yield from _memory(each, side)
+        yield _seconds(each)
+        if each.error is not None:
+            yield Text(f"It does not fit. {each.error}", style="red")
+            helping = [pair for pair in remedies(model, each, cluster, work) if pair[1] < each.error.missing]
+            for text, missing in helping[:5] or [("no other setting by itself", each.error.missing)]:
+                yield Text(f"  {text}: {f'{_gib(missing)} GiB are still missing' if missing else 'fits'}")
+    slowest = max(found, key=lambda work: found[work].total)
+    yield _layouts([found[slowest], *ranked(model, *layouts, cluster, slowest)], names[slowest][0])
+    copy = 12 * (model.dense + model.routed) / cluster.hosts
+    yield Text(
+        f"A checkpoint is a copy of {_gib(copy)} GiB in each host's memory, beside the above, while it is written."
+    )
+    yield Text(f"Every sequence is as long as it may be. Assumed (hybrid_engine/hardware.yaml): {dict(ASSUMED)}")
+
+
+def configuration(recipe: Recipe) -> PreTrainedConfig:
+    """The model's, from its directory or the hub; DeepSeek-V2's own need neither. Raises OSError or ValueError."""
+    presets, init = yaml.safe_load(PRESETS.read_text(encoding="utf-8")), recipe.model.init
+    name = init.preset if init else PurePath(recipe.model.path).name.lower()
+    source = model_source(recipe.model, recipe.folder)
+    if source in (None, recipe.model.path) and name in presets:
+        return DeepseekV2Config(**({"vocab_size": init.vocab_size} if init else {}) | presets[name])
+    return AutoConfig.from_pretrained(source)
+
+
+def work_of(recipe: Recipe, stage: Stage, model: Model) -> Work:
+    """What a step of a stage computes, every sequence as long as it may be."""
+    config, grpo = stage.config, stage.grpo
+    if isinstance(config, SFTConfig | RewardModelConfig):
+        rows = 2 if stage.columns == [("chosen", "rejected")] else 1
+        scores = stage.reward_model is not None
+        return Work(config.batch_size, rows, 0, config.max_length, config.max_length, scores=scores)
+    judges = tuple(4 * (model.dense + model.routed) for reward in config.rewards if reward.function is None)
+    new = config.max_new_tokens
+    work = Work(config.prompts_per_step, config.completions, recipe.rollout.max_length - new, new, new, judges=judges)
+    if grpo is None:
+        return replace(work, samples=True, trains=False)
+    again = grpo.updates_per_batch > 1 or grpo.capacity is not None
+    updates, reference = grpo.updates_per_batch, grpo.kl > 0
+    return replace(work, samples=True, updates=updates, forwards=int(again), reference=reference)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def _memory(each: Prospect, side: str) -> Iterator[RenderableType]:
+    """GiB of every component in every phase, the peak and what is left; what moves when."""
+    schedule, (device, lower), phases = each.schedules.get(side), each.tiers, list(each.seconds)
+    table = Table(f"GiB of a {side}", *phases, title_justify="left")
+    held = {(part.name, phase): part.bytes for part in each.parts[side] for phase in part.needed_in}
+    lines: dict[str, int] = {}
+    if schedule is not None:
+        held = {}
+        for move in schedule.moves:
+            streamed = move.target is not None and move.target not in move.after
+            if move.when == "during":
+                size = 2 * move.bytes // move.pieces if streamed else move.bytes * (device.name in move.after)
+                held[move.component, move.phase] = held.get((move.component, move.phase), 0) + size
+            if move.source is not None and move.target is not None:
+                way = f"{move.source} -> {move.target}" + " and back" * streamed
+                line = f"{'during' if move.when == 'during' else 'before'} {move.phase}: {move.component}, {way}"
+                lines[line] = lines.get(line, 0) + move.bytes
+    for part in each.parts[side]:
+        sizes = (held.get((part.name, phase)) for phase in phases)
+        table.add_row(part.name, *(_gib(size) if size else "" for size in sizes))
+    table.add_section()
+    if schedule is not None:
+        peaks = [schedule.peaks[phase] for phase in phases]
+        table.add_row("peak, with transfers", *(_gib(peak[device.name]) for peak in peaks))
+        table.add_row("left", *(_gib(device.capacity - peak[device.name]) for peak in peaks))
+        table.add_row(f"on the {lower.name}", *(_gib(peak[lower.name]) for peak in peaks))
+    table.add_row("if nothing moved", *map(_gib, each.resident(side).values()))
+    yield table
+    yield from (Text(f"  {line}: {_gib(size)} GiB") for line, size in lines.items())
+
+
+def _seconds(each: Prospect) -> Table:
+    table = Table("phase", "seconds", "of these")
+    for phase, parts in each.seconds.items():
+        lost = sum(schedule.lost[phase] for schedule in each.schedules.values())
+        text = ", ".join(f"{name} {seconds:,.2f}" for name, seconds in {**parts, "transfers": lost}.items() if seconds)
+        table.add_row(phase, f"{sum(parts.values()) + lost:,.2f}", text)
+    return table
+
+
+def _layouts(found: list[Prospect], name: str) -> Table:
+    table = Table("train", "rollout", "s a step", "peak GiB", title=f"{name}: the recipe's layouts, and the best")
+    for each in found:
+        train, rollout = each.train, each.rollout
+        left = f"replicate {train.replicate}, shard {train.shard}, expert {train.expert}"
+        right = f"replicas {rollout.replicas}, tensor {rollout.tensor}, data {rollout.data}"
+        peak = max((p["device"] for s in each.schedules.values() for p in s.peaks.values()), default=0)
+        total = "does not fit" if each.error else f"{each.total:,.1f}"
+        saves, expert = ", checkpointing" * train.activation_checkpointing, ", expert" * rollout.expert
+        table.add_row(left + saves, right + expert, total, _gib(peak) if peak else "")
+    return table
