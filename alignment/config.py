@@ -1,7 +1,5 @@
 """Configuration of models, optimisers, stages and evals. No torch, Ray or vLLM here."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal, Self
 

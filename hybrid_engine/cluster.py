@@ -1,7 +1,5 @@
 """The machines that a plan is made for: how many devices of which kind, and what each of them can do."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

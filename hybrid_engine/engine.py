@@ -8,15 +8,13 @@
 Training and rollout take turns on the same device, so each may use all of it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -142,7 +140,7 @@ class HybridEngine:
         return self._sampler
 
     @contextmanager
-    def phase(self, name: Phase) -> Iterator[HybridEngine]:
+    def phase(self, name: Phase) -> Iterator[Self]:
         """Time a phase. On CUDA reward models are on the devices while it is their turn; all else stays resident."""
         with self._timed(name):
             for judge in self._judges if name == "score" else ():

@@ -1,7 +1,5 @@
 """How many seconds each phase of a step takes, from FLOPs and bytes moved; `hardware.yaml` holds every assumption."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil

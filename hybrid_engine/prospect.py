@@ -1,13 +1,11 @@
 """A layout's prospects: what lies where in each phase of a step, how long it takes, which layouts do better, and what
 to change where nothing fits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
 from alignment.config import TrainConfig
 from hybrid_engine.cluster import ASSUMED, GIB, Cluster
@@ -61,7 +59,7 @@ class Prospect:
             for phase in self.seconds
         }
 
-    def solved(self) -> Prospect:
+    def solved(self) -> Self:
         """With its schedules, or with the error that says why there is none."""
         phases = [Phase(name, sum(parts.values())) for name, parts in self.seconds.items()]
         try:

@@ -35,8 +35,6 @@ once a phase, the first one's way in and the last one's way out hide as well; si
 tier, which keeps the solver's tolerance out of the capacities.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product

@@ -1,7 +1,5 @@
 """Trained models as rewards: any Transformers sequence classifier with one output, in an actor of its own."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Sequence

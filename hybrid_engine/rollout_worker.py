@@ -1,7 +1,5 @@
 """One rank of a rollout engine: an actor that holds vLLM in its own process."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """One training rank: an actor that holds its share of the policy, of the optimiser and of the reference."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """From a recipe to objects: the one place where implementations are chosen."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """The command `align`: run, check and plan recipes, write reports."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

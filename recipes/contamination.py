@@ -1,7 +1,5 @@
 """Which eval items stand in the rows that a policy trains on: n words in common (13: Brown et al. 2020, appendix C)."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

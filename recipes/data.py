@@ -1,7 +1,5 @@
 """The rows that the stages of a recipe read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is wrong with a recipe, said so that a person can fix it: all of it, on one screen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 SCREEN = 20

@@ -1,7 +1,5 @@
 """What a stage gave and what it cost: evals within and after it, and the gate on the difference."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from dataclasses import replace

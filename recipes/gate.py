@@ -1,7 +1,5 @@
 """The gate after a stage: which limits its evals break, what they can see at all, which checkpoint keeps them all."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The arithmetic of a recipe's stages, resolved for a person to read."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

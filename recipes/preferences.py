@@ -5,8 +5,6 @@ policy fine-tuned on `sft_rows`, whose answers are as mixed as people's, does ea
 with `reverse k a f =`, whose answers the ground truth can judge.
 """
 
-from __future__ import annotations
-
 import random
 import string
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a person sees while a stage runs: a live line on a terminal, a plain line now and then elsewhere."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

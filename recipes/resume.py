@@ -1,7 +1,5 @@
 """The run folder: what lies where, what is done, and whether the recipe is still the one it was begun with."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `align plan` prints: a recipe on a cluster, known before a device is used."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import PurePath

@@ -1,7 +1,5 @@
 """The recipe: the sections of those who read them, in one file that a person writes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ A problem is held out when the hash of its prompt says so, whatever drew it: the
 same call gives the same rows in every process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import string

@@ -1,7 +1,5 @@
 """A YAML file as plain values, and where each of them was written: what error messages point at."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Run a recipe's stages in order; continue, at any step, what an earlier process left."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time

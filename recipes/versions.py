@@ -1,7 +1,5 @@
 """Which versions of Python and of the libraries this software knows, read without importing them."""
 
-from __future__ import annotations
-
 import platform
 from importlib.metadata import PackageNotFoundError, version
 

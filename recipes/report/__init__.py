@@ -1,7 +1,5 @@
 """One self-contained HTML page about a run: what each stage gave and what it cost."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined

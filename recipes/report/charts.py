@@ -1,7 +1,5 @@
 """Small static charts as inline SVG, and which metrics become which. Colours and fonts come from the style sheet."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

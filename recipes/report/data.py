@@ -1,7 +1,5 @@
 """Reads a run folder, finished or not, into what the report shows."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
