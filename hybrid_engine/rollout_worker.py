@@ -113,7 +113,7 @@ def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) 
     samples = [sample for _, found in groups for sample in sorted(found, key=lambda sample: sample.index)]
     trajectories = [sample.trajectory for sample in samples]
     spoken = [trajectory.token_ids[trajectory.loss_mask] for trajectory in trajectories]
-    ref = ray.put(Trajectories.of(trajectories))
+    ref = ray.put(Trajectories(trajectories))
     held.append(ref)
     return Finished(
         places=tuple(place for place, _ in groups),

@@ -4,9 +4,9 @@ Shape letters: T tokens of a sequence, G completions of a prompt, L MoE layers, 
 """
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -63,10 +63,6 @@ class Trajectory:
 
 class Trajectories(tuple[Trajectory, ...]):
     """Many trajectories, pickled into one value: between processes each array costs more than its bytes."""
-
-    @classmethod
-    def of(cls, trajectories: Iterable[Trajectory]) -> Self:
-        return cls(trajectories)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pickle.loads, (pickle.dumps(tuple(self)),)

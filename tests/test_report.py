@@ -1,7 +1,5 @@
 """The report page of whole, half-finished and damaged run folders."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
