@@ -28,7 +28,7 @@ def group_advantages(rewards_PG: np.ndarray, *, scale: bool) -> np.ndarray:
     scale=False subtracts the mean alone. NaN rewards have left their group: they enter neither mean nor
     std and their advantage is 0. A group with fewer than two rewards left has no advantage: all 0.
     """
-    present_PG = np.ma.masked_invalid(rewards_PG)
+    present_PG = np.ma.array(rewards_PG, mask=np.isnan(rewards_PG))
     centred_PG = (present_PG - present_PG.mean(axis=1, keepdims=True)).filled(0.0)
     # Equal rewards such as 0.1 leave rounding errors around the mean, which a division by the tiny std would blow up.
     centred_PG = np.where(present_PG.ptp(axis=1, keepdims=True).filled(0.0) > 0, centred_PG, 0.0)

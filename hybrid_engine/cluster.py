@@ -38,6 +38,11 @@ class Cluster:
         """Whether there are no devices but processors."""
         return self.kind == "cpu"
 
+    @property
+    def device(self) -> str:
+        """The kind of device, as torch calls it."""
+        return "cpu" if self.on_cpu else "cuda"
+
     def ring(self, volume: float, ranks: int, stride: int = 1) -> float:
         """Seconds in which each of `ranks` ranks, every `stride`-th one, passes on its share of `volume` bytes: over
         the links in a host or, where the ring leaves it, over the network adapters of its ranks there."""

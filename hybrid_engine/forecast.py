@@ -38,20 +38,24 @@ class Work:
         """Tokens of the rank with the most work in an update: groups are not split over ranks."""
         return ceil(self.groups / self.updates / train.world) * self.rows * (self.prompt + self.new)
 
+    def tree(self, train: TrainConfig) -> int:
+        """Nodes of the longest tree, all of which its nodes attend to under a mask: a group's sequences are merged."""
+        return max(self.prompt + self.longest, min(train.tokens_per_rank, self.prompt + self.rows * self.longest))
+
 
 def passes(model: Model, train: TrainConfig, cluster: Cluster, work: Work, forward: int, backward: int) -> Parts:
     """Seconds of an update (or of a mere forward) in which every micro-batch passes the model so often; a backward pass
     computes twice as much. Communication counts where computation does not hide it."""
     tokens, item = work.rank_tokens(train), SIZE[train.dtype]
     heads, _, qk, value = model.heads
-    attention = model.layers * (work.prompt + work.longest) * heads * (qk + value)  # causal: half of the length
+    attention = 2 * model.layers * work.tree(train) * heads * (qk + value)
     flops = (2 * model.active[0] + attention) / ASSUMED["dense_compute"]
     flops += 2 * model.active[1] / ASSUMED["expert_compute"]
     speed = cluster.flops[train.dtype] / (train.world if cluster.on_cpu else 1)
     compute = tokens * (forward + 2 * backward) * flops / speed
     saves = train.activation_checkpointing
     often = ceil(tokens / train.tokens_per_rank) if saves else 1
-    volume = often * (item * (1 + (saves and backward)) + 4 * backward)
+    volume = often * (item * forward + 4 * backward)
     layout, routed = expert_layout(train), model.routed if train.expert > 1 else 0
     rest, ranks = model.dense + model.routed - routed, layout.shard * layout.parallel
     moved = cluster.ring(rest * volume, train.shard)

@@ -94,7 +94,7 @@ def _files(path: str | Path, stack: ExitStack) -> Iterator[Any]:
     """The safetensors files of a directory or hub model, opened. Raises ValueError where there is none."""
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        names = dict.fromkeys(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     elif cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False) is not None:
         names = {SAFE_WEIGHTS_NAME}
     else:

@@ -82,7 +82,7 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
     idle = ASSUMED["cpu_driver"] + ranks * ASSUMED["cpu_training"] + engines * ASSUMED["cpu_engine"]
     own, tokens = 4 * sharded(model, train), min(work.rank_tokens(train), train.tokens_per_rank)
     spoken = 0 if work.scores else ceil(tokens * work.new / (work.prompt + work.new))
-    saved = activations(model, train, tokens, length, on_cpu)
+    saved = activations(model, train, tokens, work.tree(train), on_cpu)
     full = gathered(model, train, ceil(work.rank_tokens(train) / train.tokens_per_rank))
     judges = sum(work.judges) // (1 if on_cpu else cluster.devices)
     largest = max(engine_weights((group,), rollout) for group in model.groups[1:])  # a layer that is incomplete
@@ -128,19 +128,20 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
 def ranked(
     model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, work: Work, count: int = 3
 ) -> list[Prospect]:
-    """The `count` fastest layouts over all ranks of those that fit, solved; all other settings are as given. The first
-    is what `train: auto` and `rollout: auto` stand for."""
-    powers = [1 << n for n in range(cluster.ranks.bit_length()) if cluster.ranks % (1 << n) == 0]
+    """The `count` fastest layouts of those that fit, solved, over all ranks (if `split`, half of them a side); all else is
+    as given. The first is what `train: auto` and `rollout: auto` stand for."""
+    ranks = cluster.ranks // (2 if rollout.placement == "split" else 1)
+    powers = [1 << n for n in range(ranks.bit_length()) if ranks % (1 << n) == 0]
     trains, rollouts = [], []
     for replicas, expert, saves in product(powers, powers, (False, True)):
-        shard = cluster.ranks // replicas
+        shard = ranks // replicas
         if shard % expert == 0 or expert % shard == 0:
             new = {"replicate": replicas, "shard": shard, "expert": expert, "activation_checkpointing": saves}
             trains.append(train.model_copy(update=new))
     for tensor, data, expert in product(powers[:5], powers[:5], (False, True)):
         world = tensor * data
-        if cluster.ranks % world == 0 and (world > 1 if expert else data == 1):
-            new = {"tensor": tensor, "data": data, "expert": expert, "replicas": cluster.ranks // world}
+        if ranks % world == 0 and (world > 1 if expert else data == 1):
+            new = {"tensor": tensor, "data": data, "expert": expert, "replicas": ranks // world}
             rollouts.append(rollout.model_copy(update=new))
     alone = replace(work, samples=False, judges=())
     trains = [each.train for each in _fastest(model, [(one, rollout) for one in trains], cluster, alone)]
@@ -153,7 +154,7 @@ def ranked(
 
 
 def _fastest(model: Model, layouts: Any, cluster: Cluster, work: Work, count: int = 6) -> list[Prospect]:
-    fit = (pair for pair in layouts if not any(misfits(*pair, model.values)))
+    fit = (pair for pair in layouts if not any(misfits(*pair, model.values, cluster.device)))
     found = (prospect(model, *pair, cluster, work) for pair in fit)
     return sorted((each for each in found if each.may_fit()), key=lambda each: each.total)[:count]
 
@@ -176,7 +177,7 @@ def remedies(model: Model, given: Prospect, cluster: Cluster, work: Work) -> lis
         section, name = key.split(".")
         one = train.model_copy(update={name: value}) if section == "train" else train
         two = rollout.model_copy(update={name: value}) if section == "rollout" else rollout
-        if one.world % one.expert == 0 and not any(misfits(one, two, model.values)):
+        if one.world % one.expert == 0 and not any(misfits(one, two, model.values, cluster.device)):
             less = replace(work, reference=work.reference and section != "grpo")
             error = prospect(model, one, two, cluster, less).solved().error
             wide = f", on {one.world} devices" if one.world > cluster.ranks else ""

@@ -13,21 +13,7 @@ after `out` and `in`. A phase works on what it needs on the device; while it cha
 other copies are stale. Where the phase allows it, a piece may be streamed instead: it visits the device from its
 highest copy, which takes changed contents back.
 
-Variables
-    x[c, w, S, S', source, target]   integer: pieces of component c that go from S to S' in window w
-    z[c, p]                          0 or 1: phase p streams pieces of c
-    t[w] >= 0                        seconds lost in window w
-Constraints
-    flow     the x into a state equal the x out of it in the next window; the last window leads to the first (a step
-             ends as it began); in each window the x of c sum to its pieces
-    stream   streamed pieces of c in p <= pieces of c * z[c, p]
-    room     per window and tier: bytes of the x that have the tier in S' or as source or target (both copies, while one
-             is in flight), two pieces on the device for each z instead of what is streamed <= capacity
-    time     per window and link (and for the device, as if it had one): seconds of all that passes it, and of all that
-             is made anew (then every link waits) <= t[w] (+ the compute in `during`, where the link overlaps)
-Minimised
-    sum of t + a thousandth of the seconds that links are busy (hidden copies are not quite free) + at most 1e-5 s for
-    each window and tier that is held full (of equal schedules, the one that holds the least)
+The program is written out in `docs/scale.md`.
 
 Approximations: the two directions of a link take turns, and links run side by side; a copy over two links passes the
 tier between through a buffer that is not counted; copies take their room for the whole window; a streamed piece visits

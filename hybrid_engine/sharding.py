@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from alignment.config import TrainConfig
@@ -139,9 +138,10 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
             shards.setdefault(copies, []).append(grad.to_local())
         elif grad is not None:
             plain.append(grad)
-    square = get_total_norm(plain).double().square()
-    if shards:  # one sum over all ranks, in float64: DTensor's own norm takes one per mesh dimension
-        over_ranks = sum(get_total_norm(tensors).double().square() / copies for copies, tensors in shards.items())
+    square = _sum_of_squares(plain)
+    if shards:  # one sum over all ranks: DTensor's own norm takes one per mesh dimension
+        device = next(iter(shards.values()))[0].device
+        over_ranks = sum(_sum_of_squares(tensors).to(device) / copies for copies, tensors in shards.items())
         dist.all_reduce(over_ranks)
         square = square.to(over_ranks.device) + over_ranks
     norm = math.sqrt(square.item())
@@ -151,3 +151,11 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     if scale < 1:
         torch._foreach_mul_(plain + [tensor for tensors in shards.values() for tensor in tensors], scale)
     return norm
+
+
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Scalar in float64; an empty shard (fewer rows than ranks) counts as 0."""
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()

@@ -4,11 +4,11 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from recipes.errors import RecipeError, shorten
 from recipes.resume import GateError
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "check":
                 _print_check(load_recipe(args.recipe, args.overrides))
             case "plan":
-                _print_plan(args)
+                from recipes.scale import scale
+
+                _print(scale(load_recipe(args.recipe, args.overrides), args.cluster))
             case "report":
                 from recipes.report import write_report
 
@@ -76,20 +78,14 @@ def _print_check(loaded: LoadedRecipe) -> list[dict[str, Any]]:
     """The contaminated evals that it finds."""
     from recipes.check import check
 
-    console, contaminated = Console(), []
-    for section in check(loaded, contaminated):
-        console.print(section)
+    contaminated: list[dict[str, Any]] = []
+    _print(check(loaded, contaminated))
     return contaminated
 
 
-def _print_plan(args: argparse.Namespace) -> None:
-    from hybrid_engine.cluster import cluster
-
-    machines, loaded = cluster(args.cluster), load_recipe(args.recipe, args.overrides)
-    from recipes.scale import scale
-
+def _print(sections: Iterator[RenderableType]) -> None:
     console = Console()
-    for section in scale(loaded, machines):
+    for section in sections:
         console.print(section)
 
 

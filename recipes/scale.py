@@ -13,7 +13,7 @@ from transformers import AutoConfig, DeepseekV2Config, PreTrainedConfig
 from alignment.config import RewardModelConfig, SFTConfig
 from alignment.model import model_source
 from alignment.presets import PRESETS
-from hybrid_engine.cluster import ASSUMED, GIB, Cluster
+from hybrid_engine.cluster import ASSUMED, GIB, cluster
 from hybrid_engine.footprint import Model, model_of
 from hybrid_engine.forecast import Work
 from hybrid_engine.layout import misfits
@@ -21,33 +21,36 @@ from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
 from recipes.errors import RecipeError, shorten
 from recipes.schema import LoadedRecipe, Recipe, Stage
 
+LAYOUT = {"replicate", "shard", "expert", "activation_checkpointing", "replicas", "tensor", "data"}
 
-def scale(loaded: LoadedRecipe, cluster: Cluster) -> Iterator[RenderableType]:
+
+def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableType]:
     """Every stage's memory, seconds and schedule in the recipe's layouts, then the best layouts for the slowest stage.
 
-    Raises RecipeError where the model or its layouts are impossible.
+    described: a cluster, for `hybrid_engine.cluster.cluster`. Raises ValueError as it does, RecipeError where the model
+    or its layouts are impossible.
     """
-    recipe = loaded.recipe
+    machines, recipe = cluster(described), loaded.recipe
     try:
         model = model_of(configuration(recipe))
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            [loaded.source.problem(("model", "path"), f"no model to plan for: {shorten(str(error), 1)}")]
-        ) from error
+        text = f"no model to plan for: {shorten(str(error), 1)}"
+        raise RecipeError([loaded.source.problem(("model", "path"), text)]) from error
     layouts = recipe.train, recipe.rollout
-    problems = [((section, key), text) for section, key, text in misfits(*layouts, model.values)]
-    needed = max(recipe.train.world, recipe.rollout.world * recipe.rollout.replicas)
-    if needed > cluster.ranks and not cluster.on_cpu:
-        problems.append((("train",), f"the layouts need {needed} devices, the cluster has {cluster.ranks}"))
+    problems = [((section, key), text) for section, key, text in misfits(*layouts, model.values, machines.device)]
+    sides = recipe.train.world, recipe.rollout.world * recipe.rollout.replicas
+    needed = sum(sides) if recipe.rollout.placement == "split" else max(sides)
+    if needed > machines.ranks and not machines.on_cpu:
+        problems.append((("train",), f"the layouts need {needed} devices, the cluster has {machines.ranks}"))
     if problems:
         raise RecipeError([loaded.source.problem(*problem) for problem in problems])
     what = f"{(model.dense + model.routed) / 1e9:,.4g}B parameters, {sum(model.active) / 1e9:,.3g}B for a token"
-    where = "this machine" if cluster.on_cpu else f"{cluster.hosts} x {cluster.devices} {cluster.kind}"
-    yield Text(f"{what}, on {where}: {_gib(cluster.memory)} GiB a device, {_gib(cluster.host_memory)} GiB a host")
+    where = "this machine" if machines.on_cpu else f"{machines.hosts} x {machines.devices} {machines.kind}"
+    yield Text(f"{what}, on {where}: {_gib(machines.memory)} GiB a device, {_gib(machines.host_memory)} GiB a host")
     names: dict[Work, list[str]] = {}
     for stage in recipe.stages:
         names.setdefault(work_of(recipe, stage, model), []).append(stage.name)
-    found = {work: prospect(model, *layouts, cluster, work).solved() for work in names}
+    found = {work: prospect(model, *layouts, machines, work).solved() for work in names}
     for work, each in found.items():
         yield Text(f"\n{', '.join(names[work])}: {each.total:,.1f} s a step", style="bold")
         for side in each.parts:
@@ -55,12 +58,12 @@ def scale(loaded: LoadedRecipe, cluster: Cluster) -> Iterator[RenderableType]:
         yield _seconds(each)
         if each.error is not None:
             yield Text(f"It does not fit. {each.error}", style="red")
-            helping = [pair for pair in remedies(model, each, cluster, work) if pair[1] < each.error.missing]
+            helping = [pair for pair in remedies(model, each, machines, work) if pair[1] < each.error.missing]
             for text, missing in helping[:5] or [("no other setting by itself", each.error.missing)]:
                 yield Text(f"  {text}: {f'{_gib(missing)} GiB are still missing' if missing else 'fits'}")
     slowest = max(found, key=lambda work: found[work].total)
-    yield _layouts([found[slowest], *ranked(model, *layouts, cluster, slowest)], names[slowest][0])
-    copy = 12 * (model.dense + model.routed) / cluster.hosts
+    yield _layouts([found[slowest], *ranked(model, *layouts, machines, slowest)], names[slowest][0])
+    copy = 12 * (model.dense + model.routed) / machines.hosts
     yield Text(
         f"A checkpoint is a copy of {_gib(copy)} GiB in each host's memory, beside the above, while it is written."
     )
@@ -141,11 +144,8 @@ def _seconds(each: Prospect) -> Table:
 def _layouts(found: list[Prospect], name: str) -> Table:
     table = Table("train", "rollout", "s a step", "peak GiB", title=f"{name}: the recipe's layouts, and the best")
     for each in found:
-        train, rollout = each.train, each.rollout
-        left = f"replicate {train.replicate}, shard {train.shard}, expert {train.expert}"
-        right = f"replicas {rollout.replicas}, tensor {rollout.tensor}, data {rollout.data}"
+        cells = [config.model_dump(include=LAYOUT) for config in (each.train, each.rollout)]
         peak = max((p["device"] for s in each.schedules.values() for p in s.peaks.values()), default=0)
         total = "does not fit" if each.error else f"{each.total:,.1f}"
-        saves, expert = ", checkpointing" * train.activation_checkpointing, ", expert" * rollout.expert
-        table.add_row(left + saves, right + expert, total, _gib(peak) if peak else "")
+        table.add_row(*(", ".join(f"{k} {v}" for k, v in cell.items()) for cell in cells), total, _gib(peak))
     return table

@@ -13,7 +13,7 @@ from typing import Any
 
 Skill = Callable[[random.Random], tuple[str, str]]
 HELD_OUT_ONE_IN = 10
-PATIENCE = 1_000
+PATIENCE = 100
 """A skill counts as used up after so many draws for each row that is asked for."""
 
 

@@ -65,7 +65,7 @@ class Trajectories(tuple[Trajectory, ...]):
     """Many trajectories, pickled into one value: between processes each array costs more than its bytes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (pickle.dumps(tuple(self)),)
+        return pickle.loads, (pickle.dumps(tuple(self), protocol=5),)
 
 
 @dataclass(frozen=True, slots=True)

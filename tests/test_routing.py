@@ -121,6 +121,8 @@ def test_replay_computes_with_the_recorded_experts_and_gradients_flow(family: st
     found = token_logprobs(model, batch, 1.0)[0]
     found.sum().backward()
     assert routing.differing() == 0
+    routing.start(dataclasses.replace(batch, routes=None), model.device)  # what was not sampled routes for itself
+    assert torch.equal(token_logprobs(model, batch, 1.0)[0], natural)
     assert (natural - expected).abs().max() > 1e-3, "the recorded experts are the model's own"
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():

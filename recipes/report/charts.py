@@ -80,7 +80,7 @@ def checkpoint_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     rewards = [{f"reward/{BENCHMARK}": row.get("reward/held_out")} for row in rows]
     found = _frame(map(dict.__or__, rewards, scores), [row["step"] for row in rows])
     charts = {"Held-out reward, by checkpoint": "^reward/", "Benchmarks, by checkpoint": "^score/"}
-    if found.stack().between(0, 1).all():
+    if found.stack().dropna().between(0, 1).all():
         charts = {"Reward against benchmarks, by checkpoint": "."}
     parts = {title: found.filter(regex=names) for title, names in charts.items()}
     return [line_chart(title, part) for title, part in parts.items() if part.size]
