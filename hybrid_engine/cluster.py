@@ -11,7 +11,6 @@ import yaml
 GIB = 2**30
 FIGURES = yaml.safe_load(Path(__file__).with_name("hardware.yaml").read_text(encoding="utf-8"))
 ASSUMED: Mapping[str, float] = FIGURES["assumptions"]
-FORM = re.compile(r"([1-9]\d*)x([1-9]\d*)x([^+]+)(?:\+(\d+)GiB)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,6 @@ class Cluster:
         """Whether there are no devices but processors."""
         return self.kind == "cpu"
 
-    @property
-    def device(self) -> str:
-        """The kind of device, as torch calls it."""
-        return "cpu" if self.on_cpu else "cuda"
-
     def ring(self, volume: float, ranks: int, stride: int = 1) -> float:
         """Seconds in which each of `ranks` ranks, every `stride`-th one, passes on its share of `volume` bytes: over
         the links in a host or, where the ring leaves it, over the network adapters of its ranks there."""
@@ -63,7 +57,7 @@ def cluster(text: str | None) -> Cluster:
         flops = {dtype: cores * each for dtype, each in figures["flops"].items()}
         return Cluster("cpu", 1, 1, cores, **{**figures, **all_cores, "flops": flops})
     kinds = {kind.lower(): kind for kind in FIGURES["devices"] if kind != "cpu"}
-    match = FORM.fullmatch(text.strip())
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([^+]+)(?:\+(\d+)GiB)?", text.strip(), re.IGNORECASE)
     if match is None or (kind := kinds.get(match[3].lower())) is None:
         raise ValueError(
             f"--cluster {text!r}: give HOSTSxDEVICESxKIND, as in 16x8xH100-80GB, or with the memory of a host,"

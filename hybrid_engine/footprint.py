@@ -4,24 +4,21 @@ Parameters are counted on a model on the `meta` device, so they are what the tra
 activations count what Transformers' layers save for the backward pass.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from alignment.config import TrainConfig
+from alignment.logprobs import LOGITS_PER_CHUNK
 from hybrid_engine.layout import expert_layout
 from rollout.config import RolloutConfig, routed_experts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 SIZE = {"float32": 4, "bfloat16": 2}
 WHOLE = re.compile(r"norm|q_a_proj|kv_a_proj|mlp\.gate\.weight|router")
-CHUNK = 32 * 1024 * 1024
-"""Logits of one softmax: `alignment.logprobs.LOGITS_PER_CHUNK`."""
 
 
 class Weight(NamedTuple):
@@ -55,9 +52,6 @@ class Model:
 
 def model_of(config: PreTrainedConfig) -> Model:
     """Count the parameters of a model as Transformers builds it (of a reward model, too, whose head is smaller)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     groups = [list(layer.named_parameters()) for layer in model.base_model.layers]
@@ -138,7 +132,7 @@ def activations(model: Model, train: TrainConfig, tokens: int, length: int, on_c
 def logits(model: Model, train: TrainConfig, tokens: int) -> int:
     """Bytes of the logits of `tokens` tokens, their gradient and the softmax in float32, in chunks."""
     count = tokens * model.values["vocab_size"]
-    return 2 * SIZE[train.dtype] * count + 16 * min(count, CHUNK)
+    return 2 * SIZE[train.dtype] * count + 16 * min(count, LOGITS_PER_CHUNK)
 
 
 def engine_weights(groups: tuple[tuple[Weight, ...], ...], rollout: RolloutConfig) -> int:

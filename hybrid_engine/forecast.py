@@ -53,8 +53,7 @@ def passes(model: Model, train: TrainConfig, cluster: Cluster, work: Work, forwa
     flops += 2 * model.active[1] / ASSUMED["expert_compute"]
     speed = cluster.flops[train.dtype] / (train.world if cluster.on_cpu else 1)
     compute = tokens * (forward + 2 * backward) * flops / speed
-    saves = train.activation_checkpointing
-    often = ceil(tokens / train.tokens_per_rank) if saves else 1
+    often = ceil(tokens / train.tokens_per_rank) if train.activation_checkpointing else 1
     volume = often * (item * forward + 4 * backward)
     layout, routed = expert_layout(train), model.routed if train.expert > 1 else 0
     rest, ranks = model.dense + model.routed - routed, layout.shard * layout.parallel

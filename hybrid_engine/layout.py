@@ -52,7 +52,7 @@ def misfits(
     train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any], device: str | None = None
 ) -> Iterator[tuple[str, str, str]]:
     """(section, key, what is wrong) wherever a model, by its configuration's values, cannot be laid over the ranks, or
-    not by vLLM on a `device` ("cpu", "cuda"; None: the installed one's)."""
+    not by vLLM on a `device` ("cpu" or any other; None: what the installed one was built for)."""
     experts, kind = routed_experts(model), model["model_type"]
     for section, ranks in (("train", train.expert), ("rollout", rollout.world if rollout.expert else 1)):
         if ranks > 1 and not experts:
@@ -71,7 +71,7 @@ def misfits(
     for name, size in split.items():
         if size % rollout.tensor:
             yield "rollout", "tensor", f"{rollout.tensor} does not divide the model's {name} ({size})"
-    if model.get("kv_lora_rank") and rollout.dtype == "float32" and (device or installed().device) == "cuda":
+    if model.get("kv_lora_rank") and rollout.dtype == "float32" and (device or installed().device) != "cpu":
         yield "rollout", "dtype", "vLLM's MLA kernels for CUDA know no float32; set it to bfloat16"
     heads = model.get("num_key_value_heads") or model["num_attention_heads"]
     if max(heads, rollout.tensor) % min(heads, rollout.tensor):

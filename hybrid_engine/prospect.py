@@ -75,9 +75,7 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
     workspace = 0 if on_cpu else int(ASSUMED["engine_workspace"] * GIB)
     cache = int(rollout.memory * (GIB if on_cpu else cluster.memory)) - (0 if on_cpu else weights + workspace)
     seconds = step_seconds(model, train, rollout, cluster, work, max(0, cache))
-    length = work.prompt + work.longest
-    cache = max(cache, cache_per_token(model, rollout, on_cpu) * length)
-    # On the CPU a device is the memory of all ranks.
+    cache = max(cache, cache_per_token(model, rollout, on_cpu) * (work.prompt + work.longest))
     ranks, engines = (train.world, rollout.world * rollout.replicas) if on_cpu else (1, 1)
     idle = ASSUMED["cpu_driver"] + ranks * ASSUMED["cpu_training"] + engines * ASSUMED["cpu_engine"]
     own, tokens = 4 * sharded(model, train), min(work.rank_tokens(train), train.tokens_per_rank)
@@ -128,8 +126,8 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
 def ranked(
     model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, work: Work, count: int = 3
 ) -> list[Prospect]:
-    """The `count` fastest layouts of those that fit, solved, over all ranks (if `split`, half of them a side); all else is
-    as given. The first is what `train: auto` and `rollout: auto` stand for."""
+    """The `count` fastest layouts of those that fit, solved, over all ranks (if `split`, half a side); all else is as
+    given. The first is what `train: auto` and `rollout: auto` stand for."""
     ranks = cluster.ranks // (2 if rollout.placement == "split" else 1)
     powers = [1 << n for n in range(ranks.bit_length()) if ranks % (1 << n) == 0]
     trains, rollouts = [], []
@@ -154,7 +152,7 @@ def ranked(
 
 
 def _fastest(model: Model, layouts: Any, cluster: Cluster, work: Work, count: int = 6) -> list[Prospect]:
-    fit = (pair for pair in layouts if not any(misfits(*pair, model.values, cluster.device)))
+    fit = (pair for pair in layouts if not any(misfits(*pair, model.values, cluster.kind)))
     found = (prospect(model, *pair, cluster, work) for pair in fit)
     return sorted((each for each in found if each.may_fit()), key=lambda each: each.total)[:count]
 
@@ -162,22 +160,22 @@ def _fastest(model: Model, layouts: Any, cluster: Cluster, work: Work, count: in
 def remedies(model: Model, given: Prospect, cluster: Cluster, work: Work) -> list[tuple[str, int]]:
     """(a setting, bytes that are missing with it, 0 where it fits), the best first."""
     train, rollout, found = given.train, given.rollout, []
-    tries: dict[str, list[Any]] = {
-        "train.activation_checkpointing": [True],
-        "train.dtype": ["bfloat16"],
-        "train.tokens_per_rank": [max(work.prompt + work.longest, train.tokens_per_rank // 2)],
-        "train.expert": [2, 4, 8, 16, 32],
-        "train.shard": [2 * train.shard],
-        "rollout.dtype": ["bfloat16"],
-        "rollout.memory": [rollout.memory / 2],
-        "rollout.tensor": [2 * rollout.tensor],
-        "grpo.kl": [0],
-    }
-    for key, value in ((key, value) for key, values in tries.items() for value in values):
+    tries = [
+        ("train.activation_checkpointing", True),
+        ("train.dtype", "bfloat16"),
+        ("train.tokens_per_rank", max(work.prompt + work.longest, train.tokens_per_rank // 2)),
+        *(("train.expert", ranks) for ranks in (2, 4, 8, 16, 32)),
+        ("train.shard", 2 * train.shard),
+        ("rollout.dtype", "bfloat16"),
+        ("rollout.memory", rollout.memory / 2),
+        ("rollout.tensor", 2 * rollout.tensor),
+        ("grpo.kl", 0),
+    ]
+    for key, value in tries:
         section, name = key.split(".")
         one = train.model_copy(update={name: value}) if section == "train" else train
         two = rollout.model_copy(update={name: value}) if section == "rollout" else rollout
-        if one.world % one.expert == 0 and not any(misfits(one, two, model.values, cluster.device)):
+        if one.world % one.expert == 0 and not any(misfits(one, two, model.values, cluster.kind)):
             less = replace(work, reference=work.reference and section != "grpo")
             error = prospect(model, one, two, cluster, less).solved().error
             wide = f", on {one.world} devices" if one.world > cluster.ranks else ""

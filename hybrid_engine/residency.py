@@ -13,12 +13,7 @@ after `out` and `in`. A phase works on what it needs on the device; while it cha
 other copies are stale. Where the phase allows it, a piece may be streamed instead: it visits the device from its
 highest copy, which takes changed contents back.
 
-The program is written out in `docs/scale.md`.
-
-Approximations: the two directions of a link take turns, and links run side by side; a copy over two links passes the
-tier between through a buffer that is not counted; copies take their room for the whole window; a streamed piece visits
-once a phase, the first one's way in and the last one's way out hide as well; sizes are rounded up to a millionth of the
-tier, which keeps the solver's tolerance out of the capacities.
+The program, and where it approximates, is written out in `docs/scale.md`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

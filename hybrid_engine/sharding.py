@@ -155,7 +155,6 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Scalar in float64; an empty shard (fewer rows than ranks) counts as 0."""
-    tensors = [t for t in tensors if t.numel()]
-    if not tensors:
+    if not (present := [tensor for tensor in tensors if tensor.numel()]):
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+    return torch.stack(torch._foreach_norm(present)).double().square().sum()

@@ -112,11 +112,7 @@ class TrainWorker(Worker):
     ) -> UpdateStats:
         """One optimiser step on the rows of all ranks; `rows` are this rank's."""
         return self._loaded.update(
-            resolve(rows),
-            loss,
-            learning_rate=learning_rate,
-            temperature=temperature,
-            max_grad_norm=max_grad_norm,
+            resolve(rows), loss, learning_rate=learning_rate, temperature=temperature, max_grad_norm=max_grad_norm
         )
 
     def logprobs(self, rows: Sequence[TrainRow], temperature: float, reference: bool) -> list[Handle]:

@@ -18,11 +18,7 @@ DONE, FAILED, WRONG, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    0: done. 1: the run failed. 2: the recipe or the command line is wrong. 3: a stage broke a limit of `evals.keep` and
-    stops the run. 130: interrupted.
-    """
+    """Run one command and return its exit code; `--help` says what each means."""
     args = _parser().parse_args(argv)
     try:
         match args.command:

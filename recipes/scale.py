@@ -21,8 +21,6 @@ from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
 from recipes.errors import RecipeError, shorten
 from recipes.schema import LoadedRecipe, Recipe, Stage
 
-LAYOUT = {"replicate", "shard", "expert", "activation_checkpointing", "replicas", "tensor", "data"}
-
 
 def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableType]:
     """Every stage's memory, seconds and schedule in the recipe's layouts, then the best layouts for the slowest stage.
@@ -37,7 +35,7 @@ def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableTyp
         text = f"no model to plan for: {shorten(str(error), 1)}"
         raise RecipeError([loaded.source.problem(("model", "path"), text)]) from error
     layouts = recipe.train, recipe.rollout
-    problems = [((section, key), text) for section, key, text in misfits(*layouts, model.values, machines.device)]
+    problems = [((section, key), text) for section, key, text in misfits(*layouts, model.values, machines.kind)]
     sides = recipe.train.world, recipe.rollout.world * recipe.rollout.replicas
     needed = sum(sides) if recipe.rollout.placement == "split" else max(sides)
     if needed > machines.ranks and not machines.on_cpu:
@@ -63,10 +61,8 @@ def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableTyp
                 yield Text(f"  {text}: {f'{_gib(missing)} GiB are still missing' if missing else 'fits'}")
     slowest = max(found, key=lambda work: found[work].total)
     yield _layouts([found[slowest], *ranked(model, *layouts, machines, slowest)], names[slowest][0])
-    copy = 12 * (model.dense + model.routed) / machines.hosts
-    yield Text(
-        f"A checkpoint is a copy of {_gib(copy)} GiB in each host's memory, beside the above, while it is written."
-    )
+    more = _gib(12 * (model.dense + model.routed) / machines.hosts)
+    yield Text(f"A checkpoint takes {more} GiB more of each host's memory while it is written.")
     yield Text(f"Every sequence is as long as it may be. Assumed (hybrid_engine/hardware.yaml): {dict(ASSUMED)}")
 
 
@@ -143,9 +139,11 @@ def _seconds(each: Prospect) -> Table:
 
 def _layouts(found: list[Prospect], name: str) -> Table:
     table = Table("train", "rollout", "s a step", "peak GiB", title=f"{name}: the recipe's layouts, and the best")
+    shown = {"replicate", "shard", "expert", "activation_checkpointing", "replicas", "tensor", "data"}
     for each in found:
-        cells = [config.model_dump(include=LAYOUT) for config in (each.train, each.rollout)]
+        sides = [config.model_dump(include=shown).items() for config in (each.train, each.rollout)]
+        given = ([k.split("_")[-1] if v is True else f"{k} {v}" for k, v in side if v is not False] for side in sides)
         peak = max((p["device"] for s in each.schedules.values() for p in s.peaks.values()), default=0)
         total = "does not fit" if each.error else f"{each.total:,.1f}"
-        table.add_row(*(", ".join(f"{k} {v}" for k, v in cell.items()) for cell in cells), total, _gib(peak))
+        table.add_row(*map(", ".join, given), total, _gib(peak))
     return table

@@ -19,11 +19,10 @@ from transformers import DeepseekV2Config, LlamaConfig, MixtralConfig, PreTraine
 
 from alignment.attention import TREE_ATTENTION, tree_layout
 from alignment.config import TrainConfig
-from alignment.logprobs import LOGITS_PER_CHUNK
 from alignment.presets import PRESETS
 from alignment.tree import pack, plant
 from hybrid_engine.cluster import ASSUMED, GIB, cluster
-from hybrid_engine.footprint import CHUNK, cache_per_token, gathered, layer_activations, model_of, sharded
+from hybrid_engine.footprint import cache_per_token, gathered, layer_activations, model_of, sharded
 from hybrid_engine.forecast import Work, generation, passes
 from hybrid_engine.prospect import prospect, ranked, remedies
 from hybrid_engine.sharding import make_meshes, shard_model
@@ -132,10 +131,6 @@ def test_activations_are_what_autograd_saves(family: str):
     del kept
 
 
-def test_chunks_of_logits_are_the_trainers():
-    assert CHUNK == LOGITS_PER_CHUNK
-
-
 def test_checkpointing_gathers_two_layers_and_without_it_the_whole_model():
     model, layout = LITE, {"shard": 8, "expert": 8, "dtype": "bfloat16"}
     whole, root = model.dense + model.routed // 8, 2 * 102400 * 2048 + 2048  # embedding, output layer and last norm
@@ -170,7 +165,7 @@ def test_a_token_of_the_kv_cache_takes_what_vllm_gives_it():
 def test_seconds_of_training_are_flops_and_what_communication_adds():
     model, machines = model_of(LLAMA_8B), cluster("2x8xH100-80GB")
     work = Work(groups=16, rows=1, prompt=0, new=4096, longest=4096)
-    weights, attention = 8.03e9 - 128256 * 4096, 32 * 4096 * 32 * 256
+    weights, attention = 8.03e9 - 128256 * 4096, 2 * 32 * 4096 * 32 * 256  # the mask skips nothing
     train = TrainConfig(shard=16, dtype="bfloat16", tokens_per_rank=4096)
     found = passes(model, train, machines, work, 1, 1)
     flops = 3 * 4096 * (2 * weights + attention)

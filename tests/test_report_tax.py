@@ -69,6 +69,8 @@ def test_the_reward_stands_against_the_benchmarks_at_every_checkpoint(run_dir):
         reward, scores = checkpoint_charts([rows[0] | {"reward/held_out": score}, rows[1]])
         assert (reward.title, reward.last) == ("Held-out reward, by checkpoint", shown)
         assert scores.legend == (("a/acc", "0.500"), ("b", "0.300"))
+    (both,) = checkpoint_charts([rows[0] | {"reward/held_out": 0.5}, rows[1]])  # a checkpoint without one is no reason
+    assert both.title == "Reward against benchmarks, by checkpoint"
     assert checkpoint_charts([]) == []
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import yaml
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -25,20 +26,7 @@ from recipes.report.data import Stage, phases
 STYLE = Path(__file__).with_name("charts.mplstyle")
 BINS, MOST_LINES = 80, 128
 SHADES = LinearSegmentedColormap.from_list("load", ["#2f62c900", "#2f62c9"])
-KNOWN: dict[str, Sequence[str]] = {
-    "Reward": ["reward/mean"],
-    "Reward by function": [],
-    "Loss": ["loss"],
-    "Reward spread within groups": ["reward/std"],
-    "Groups without signal": ["groups/without_signal"],
-    "Completion length, tokens": ["completions/mean_length", "completions/max_length"],
-    "Cut at the length limit": ["completions/truncated"],
-    "KL to the reference": ["kl"],
-    "Sampler against trainer": ["mismatch/k3", "mismatch/p99", "mismatch/max"],
-    "Entropy": ["entropy"],
-    "Gradient norm": ["grad_norm"],
-    "Learning rate": ["learning_rate"],
-}
+KNOWN: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text(encoding="utf-8"))
 REWARD_TOTALS = ("reward/mean", "reward/std", "reward/masked")
 LOGARITHMIC = ("mismatch/", "handover/")
 

@@ -117,7 +117,7 @@ def _lost_items(table: Mapping[str, Any], folders: Mapping[str, Path]) -> list[L
     worse = {row.benchmark for row in table["rows"] if row.verdict < 0}
     places = ((table["before"], "evals"), (table["after"], table["evals"]))
     evals = [folders[name] / place for name, place in places if name in folders]
-    if not worse or sum((folder / "results.json").is_file() for folder in evals) < 2:
+    if not worse or sum((e / name).is_file() for e in evals for name in ("results.json", "samples.jsonl")) < 4:
         return []
     lost, samples = [], [read(folder / "samples.jsonl") for folder in evals]
     for old, new in zip(*(load_results(folder / "results.json") for folder in evals), strict=True):
