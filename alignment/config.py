@@ -55,7 +55,7 @@ class TrainConfig(Config):
     tokens_per_rank: int = Field(8192, ge=1)
     """Most tokens in one micro-batch of a rank."""
     activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass to save memory."""
+    """Recompute each layer in the backward pass, and gather it for every micro-batch, to save memory."""
     routing_replay: bool = False
     """Compute each sampled token with the experts that the sampler chose for it (R3)."""
     router: Literal["train", "freeze"] = "train"

@@ -1,6 +1,6 @@
 """How long the search for eval items in training rows takes.
 
-    python benchmarks/contamination.py [--rows 1000000] [--words 100] [--items 14000]      1 minute, 1 core, under 1 GB
+    python benchmarks/contamination.py [--rows 1000000] [--words 100] [--items 14000]      2 minutes, 1 core, under 1 GB
 
 Rows are random words of a 50,000-word vocabulary, made on the way (their time is taken off); every 1,000th holds 30
 words of an item. The items are as many and as long as MMLU's.
