@@ -50,7 +50,7 @@ def preference_pairs(rule: str, count: int, seed: int = 0) -> list[dict[str, str
     """`count` pairs of an answer that the rule (`helpful` or `safe`) has no fault to find with and another: `prompt`,
     `chosen`, `rejected`."""
     rng, rows, score = random.Random(f"{rule} {seed}"), [], {"helpful": helpful, "safe": safe}[rule]
-    for row in prompts(100 * count, seed + 1):
+    for row in islice(skills.problems(saying, f"say False {seed + 1}", held_out=False), 100 * count):
         prompt, answers = row["prompt"], [_say(row["prompt"], rng) for _ in range(2)]
         bad, good = sorted(answers, key=lambda answer: score(prompt, answer))
         if score(prompt, bad) < score(prompt, good) == 1.0 and not (rule == "helpful" and is_forbidden(prompt)):
