@@ -231,7 +231,7 @@ class HybridEngine:
     def scores(self, rows: Sequence[TrainRow]) -> np.ndarray:
         """A reward model's score of each row: float32 [rows]."""
         handles = self.logprobs(rows, temperature=1.0)
-        found = {handle.ref: ray.get(handle.ref) for handle in handles}
+        found = {ref: ray.get(ref) for ref in {handle.ref for handle in handles}}
         return np.concatenate([found[handle.ref][handle.index] for handle in handles])
 
     def take_metrics(self) -> dict[str, float]:
