@@ -8,6 +8,7 @@
 Training and rollout take turns on the same device, so each may use all of it.
 """
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -56,6 +57,7 @@ class HybridEngine:
         self._replicas: dict[str, Any] = {}
         self._group: PlacementGroup | None = None
         self._judges: list[ModelReward] = []
+        self._turn = threading.Lock()
         self._device = installed().device
         model = AutoConfig.from_pretrained(model_dir).get_text_config().to_dict()
         for section, key, problem in misfits(train, rollout, model):
@@ -141,20 +143,18 @@ class HybridEngine:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[Self]:
-        """Time a phase. On CUDA reward models are on the devices while it is their turn; all else stays resident."""
+        """Time a phase. Reward models score while it is their turn, on CUDA on the devices; all else stays resident."""
         with self._timed(name):
             for judge in self._judges if name == "score" else ():
                 judge.allow()
             yield self
-            for judge in self._judges if name == "score" and self._device == "cuda" else ():
+            for judge in self._judges if name == "score" else ():
                 judge.release()
 
     def reward_model(self, config: RewardConfig, path: str) -> ModelReward:
         """Start an actor with the classifier in `path`; whoever scores with it closes it."""
         arguments = path, self._device, self._train_config.tokens_per_rank
-        judge = ModelReward(config, launch(RewardWorker, arguments, 1, {}, self._group, 0, 0.0))
-        if self._device == "cpu":
-            judge.allow()
+        judge = ModelReward(config, launch(RewardWorker, arguments, 1, {}, self._group, 0, 0.0), self._turn)
         self._judges.append(judge)
         return judge
 

@@ -76,10 +76,12 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 class ModelReward:
-    """A `rewards.pool.RewardSource` whose answers come from a `RewardWorker`, between `allow` and `release` alone."""
+    """A `rewards.pool.RewardSource` whose answers come from a `RewardWorker`, between `allow` and `release` alone.
 
-    def __init__(self, config: RewardConfig, worker: Any) -> None:
-        self.config, self.worker = config, worker
+    turn: of the reward models that share processors or devices; one of them scores at a time."""
+
+    def __init__(self, config: RewardConfig, worker: Any, turn: threading.Lock) -> None:
+        self.config, self.worker, self._turn = config, worker, turn
         self.thread = ThreadPoolExecutor(1)
         self._allowed = threading.Event()
 
@@ -100,7 +102,8 @@ class ModelReward:
         """The model's scores of a batch's texts: text is passed on, for its tokens may be others than the policy's."""
         self._allowed.wait()
         try:
-            scores = self._get(self.worker.score.remote(*(batch.columns[name] for name in TEXTS)))
+            with self._turn:
+                scores = self._get(self.worker.score.remote(*(batch.columns[name] for name in TEXTS)))
             return Reply(values=[score if math.isfinite(score) else f"returned {score}" for score in scores])
         except ray.exceptions.RayTaskError as error:
             return Reply(failure=describe(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def cluster():
 
 def judge(folder: Path, **settings) -> ModelReward:
     worker = launch(RewardWorker, (str(folder), "cpu", 64), 1, {}, None, 0, 0.0)
-    found = ModelReward(RewardConfig(path=str(folder), **settings), worker)
+    found = ModelReward(RewardConfig(path=str(folder), **settings), worker, threading.Lock())
     found.allow()
     return found
 
