@@ -2,7 +2,7 @@
 
     python benchmarks/two_stage.py --seeds 0 1 2 --output benchmarks/results/two_stage.md
 
-Runs `recipes/deepseek_v2_two_stage.yaml` for each seed (some 10 minutes each on two cores; runs that are in --runs
+Runs `recipes/deepseek_v2_two_stage.yaml` for each seed (some 11 minutes each on two cores; runs that are in --runs
 already are continued, or read). Intervals are those of the tax table: 95% for all rows of a stage at once, the held-out
 reward's by itself.
 """
