@@ -112,6 +112,21 @@ class OptimizerConfig(Config):
         if needed > steps:
             raise ValueError(f"`warmup_steps` + `decay_steps` are {needed}, more than the {steps} optimiser steps")
 
+    def rate(self, step: int, total_steps: int) -> float:
+        """Learning rate of update `step` (from 0) of `total_steps`.
+
+        Linear warm-up over `warmup_steps` (the first update already learns), then constant, then the decay over the
+        last `decay_steps` updates (all after the warm-up by default), which would reach 0 one update after the last.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        left = min(1.0, (total_steps - step) / (self.decay_steps or total_steps - self.warmup_steps))
+        if self.schedule == "linear":
+            return self.learning_rate * left
+        return self.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
+
     @model_validator(mode="after")
     def _decay_has_a_schedule(self) -> Self:
         if self.decay_steps is not None and self.schedule == "constant":

@@ -12,8 +12,7 @@ from alignment.batch import group_advantages, grpo_minibatches, rewards_PG
 from alignment.config import GRPOConfig
 from alignment.losses import Correction, grpo_loss
 from alignment.protocols import Engine, Policy, Step, TrainRow
-from alignment.schedule import learning_rate
-from rewards.base import Scorer
+from rewards.pool import RewardPool
 from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Group, Prompt
@@ -28,7 +27,7 @@ def grpo(
     prompts: Stream[Prompt],
     config: GRPOConfig,
     sampling: Sampling,
-    scorer: Scorer,
+    scorer: RewardPool,
     first: int,
     normalize: Callable[[list[Group]], list[Group]] = list,
 ) -> Iterator[Step]:
@@ -54,7 +53,7 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
             minibatches = [_add_logprobs(policy, rows, config, reference=False) for rows in minibatches]
         for i, rows in enumerate(minibatches):
             done, total = (n * config.updates_per_batch for n in (step - 1, config.steps))
-            rate = learning_rate(config, done + i, total)
+            rate = config.rate(done + i, total)
             update = policy.update(
                 rows, loss, learning_rate=rate, temperature=config.temperature, max_grad_norm=config.max_grad_norm
             )

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from alignment.batch import rewards_PG
-from alignment.files import write_text
 from alignment.grpo import moments
+from alignment.metrics import write_text
 from alignment.protocols import Engine
 from alignment.tax import TaskResult, TaxRow, compare
-from rewards.base import Scorer
 from rewards.config import RewardConfig
 from rewards.normalize import RewardNormalizer
+from rewards.pool import RewardPool
 from rollout.sampler import Sampling
 from rollout.types import Prompt
 
@@ -34,7 +34,7 @@ class HeldOut:
     engine: Engine
     prompts: Sequence[Prompt]
     sampling: Sampling
-    scorer: Scorer
+    scorer: RewardPool
     rewards: Sequence[RewardConfig]
     fixed: Mapping[str, tuple[float, float]]
     path: Path

@@ -1,11 +1,13 @@
-"""The metrics of every step: a crash-safe file in the run folder, and trackers for those who want them."""
+"""Crash-safe files of a run folder, its metrics among them, and trackers for those who want them."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -13,10 +15,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import TrackerKind
-from alignment.files import write_text
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, or replace it, in one piece; `path`."""
+    unfinished(path).write_text(text, encoding="utf-8")
+    return unfinished(path).replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where `path` lies until it is written."""
+    return path.with_name(f".{path.name}.new")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """The new folder `unfinished(path)`, which becomes `path`, its files synced to disk, when the block ends well."""
+    folder = unfinished(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    yield folder
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with file.open("rb") as opened:
+            os.fsync(opened)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)  # never half deleted under its name
+    folder.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def plain_number(key: str, value: Any) -> int | float | None:

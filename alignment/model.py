@@ -1,4 +1,4 @@
-"""Load or initialise a model and its tokenizer, and write them as a Transformers directory."""
+"""Load or initialise a model (DeepSeek-V2's presets) and its tokenizer, and write them as a Transformers directory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DeepseekV2Config,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
-from alignment.config import ModelConfig
-from alignment.files import atomic_directory
-from alignment.presets import preset_config, train_tokenizer
+from alignment.config import InitConfig, ModelConfig
+from alignment.metrics import atomic_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+PAD, END, START = "<|pad|>", "<|end|>", "<|start|>"
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+PRESETS = Path(__file__).with_name("presets.yaml")
 disable_progress_bar()  # its bars for every load and save would tear the stage's own display
 
 
@@ -42,6 +53,37 @@ def _read(kind: type[AutoConfig] | type[AutoTokenizer], source: str, problem: st
         return kind.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{problem} in {source}: {error}") from error
+
+
+def preset_config(init: InitConfig, tokenizer: PreTrainedTokenizerFast) -> DeepseekV2Config:
+    """The configuration of a preset. The nano model's vocabulary is the tokenizer's, the others' the paper's."""
+    dimensions = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))[init.preset]
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    return DeepseekV2Config(**{"vocab_size": len(tokenizer)} | dimensions | tokens, norm_topk_prob=False)
+
+
+def train_tokenizer(init: InitConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with at most `init.vocab_size` entries: any text round-trips, every digit is its own token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=init.vocab_size,
+        special_tokens=[PAD, END, START],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) -> PreTrainedTokenizerBase:

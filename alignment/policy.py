@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from alignment.balance import Load
 from alignment.logprobs import token_logprobs, tree_logits
 from alignment.losses import k3
 from alignment.protocols import Loss, LossInputs, TrainRow
-from alignment.routing import Routing
+from alignment.routing import Load, Routing
 from alignment.tree import MicroBatch, pack, plant, silent_batch
 
 

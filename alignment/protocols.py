@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from rewards.base import Scorer
+from rewards.pool import RewardPool
 from rollout.sampler import Sampler, Sampling
 from rollout.types import Group, Handle, Prompt, Trajectory
 
@@ -97,7 +97,7 @@ class Engine(Protocol):
         """The less precise of training and rollout: "float32" or "bfloat16"."""
 
     def rollouts(
-        self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: Scorer
+        self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: RewardPool
     ) -> Iterator[list[Group]]:
         """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order."""
 

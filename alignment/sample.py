@@ -7,19 +7,23 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from alignment.files import atomic_directory
 from alignment.grpo import rollout_metrics
-from alignment.metrics import append, read
+from alignment.metrics import append, atomic_directory, read
 from alignment.protocols import Engine, Step
-from rewards.base import Scorer
 from rewards.normalize import RewardNormalizer
+from rewards.pool import RewardPool
 from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Group, Prompt
 
 
 def sample(
-    engine: Engine, prompts: Stream[Prompt], sampling: Sampling, scorer: Scorer, normalize: RewardNormalizer, first: int
+    engine: Engine,
+    prompts: Stream[Prompt],
+    sampling: Sampling,
+    scorer: RewardPool,
+    normalize: RewardNormalizer,
+    first: int,
 ) -> Iterator[Step]:
     """Every prompt once, a batch a `next()`, from batch `first` (from 1) on; the weights stay as they are."""
     size, total = prompts.batch_size, len(prompts.items)

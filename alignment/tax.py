@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-from alignment.files import write_text
+from alignment.metrics import write_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,14 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from alignment.config import SFTConfig
-from alignment.files import atomic_directory
 from alignment.grpo import grpo
 from alignment.held_out import HeldOut
-from alignment.metrics import read
+from alignment.metrics import atomic_directory, read
 from alignment.model import build_model, check_classifier, load_tokenizer, model_config, model_source, save_model_dir
 from alignment.protocols import Step
-from alignment.reward_data import judged_fingerprint, make_judged_rows
-from alignment.reward_model import reward_model
+from alignment.reward_model import judged_fingerprint, make_judged_rows, reward_model
 from alignment.sample import sample
-from alignment.sft import sft
-from alignment.sft_data import make_sft_rows
+from alignment.sft import make_sft_rows, sft
 from hybrid_engine.checkpoint import latest_checkpoint
 from hybrid_engine.engine import HybridEngine
 from recipes.data import stage_rows

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Set
 from pathlib import Path
 
+from rewards.code import require_sandbox
 from rewards.config import RewardConfig
-from rewards.sandbox import require_sandbox
 from rollout.functions import load_function, nearest
 
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

@@ -22,11 +22,14 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from rewards.base import RewardError
 from rewards.config import RewardConfig
 from rewards.loader import NOT_COLUMNS
 from rewards.worker import Batch, Reply
 from rollout.types import Group, Scores
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, hung or returned nonsense. The message names function, row and cause."""
 
 
 class RewardSource(Protocol):
@@ -49,7 +52,7 @@ LOAD_LIMIT = 300.0  # seconds for importing a reward's module, which may bring t
 
 
 class RewardPool:
-    """Scores groups with a stage's reward functions (implements `rewards.base.Scorer`).
+    """Scores whole groups with a stage's rewards, in the background while other completions are still being sampled.
 
     A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL; where no
     function applies, the total is NaN. on_error "stop": the future raises RewardError. "mask": the completions at fault
@@ -75,6 +78,11 @@ class RewardPool:
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
+        """Start scoring `groups` in one call of each reward function.
+
+        The future gives one `Scores` per group, in order, or raises `RewardError`.
+        trainer_state: fields of TRL's `trainer_state`; `global_step` counts the batches before this one.
+        """
         batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
         replies = [worker.thread.submit(_score, worker, groups, batch) for worker in self._workers]
         return self._sum.submit(_combine, groups, [worker.config for worker in self._workers], replies)

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from alignment.config import InitConfig
-from alignment.presets import train_tokenizer
+from alignment.model import train_tokenizer
 from rollout.config import DataConfig
 from rollout.data import load_rows, row_texts
 from rollout.prompts import Stream, check_lengths, make_prompts

@@ -12,12 +12,11 @@ from test_balance import Kept
 from test_routing import build, routers, sequences
 
 from alignment import balance
-from alignment.balance import dropped, exempt_nodes
 from alignment.config import GRPOConfig, SFTConfig, TrainConfig
 from alignment.losses import grpo_loss, sft_loss
 from alignment.policy import merge_stats
 from alignment.protocols import TrainRow
-from alignment.routing import Routing
+from alignment.routing import Routing, dropped, exempt_nodes
 
 DEVICES = 4
 

@@ -13,7 +13,6 @@ from alignment.batch import group_advantages
 from alignment.config import OptimizerConfig
 from alignment.losses import Correction, grpo_loss, k3, sft_loss
 from alignment.protocols import LossInputs
-from alignment.schedule import learning_rate
 
 
 def inputs(logprobs, old, advantages, weights, reference=None) -> LossInputs:
@@ -125,10 +124,8 @@ def test_masked_completions_leave_their_group() -> None:
 
 def test_schedules_by_hand() -> None:
     linear = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=2, decay_steps=4)
-    assert [learning_rate(linear, step, 10) for step in range(10)] == pytest.approx(
-        [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    )
+    assert [linear.rate(step, 10) for step in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
     cosine = OptimizerConfig(learning_rate=2.0, schedule="cosine")
-    assert learning_rate(cosine, 0, 4) == pytest.approx(2.0)
-    assert learning_rate(cosine, 2, 4) == pytest.approx(1.0)
-    assert learning_rate(OptimizerConfig(learning_rate=3.0), 99, 100) == 3.0
+    assert cosine.rate(0, 4) == pytest.approx(2.0)
+    assert cosine.rate(2, 4) == pytest.approx(1.0)
+    assert OptimizerConfig(learning_rate=3.0).rate(99, 100) == 3.0

@@ -18,10 +18,9 @@ from alignment.model import check_classifier
 from alignment.sample import sampled_rows, write_data
 from hybrid_engine.placement import launch
 from hybrid_engine.reward_worker import ModelReward, RewardWorker, batches
-from rewards.base import RewardError
 from rewards.config import RewardConfig
 from rewards.normalize import RewardNormalizer
-from rewards.pool import RewardPool
+from rewards.pool import RewardError, RewardPool
 from rollout.types import Completion, Group, Handle, Prompt, Scores
 
 TEXTS = ["4", "The answer is 4.", "no", "What is 2 plus 2? " * 6]

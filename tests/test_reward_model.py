@@ -25,8 +25,14 @@ from alignment.logprobs import token_scores
 from alignment.losses import pairwise_loss, pointwise_loss
 from alignment.policy import RankPolicy
 from alignment.protocols import LossInputs, TrainRow
-from alignment.reward_data import Judged, judged_text, make_judged_rows
-from alignment.reward_model import calibration_error, held_out_metrics, length_warning
+from alignment.reward_model import (
+    Judged,
+    calibration_error,
+    held_out_metrics,
+    judged_text,
+    length_warning,
+    make_judged_rows,
+)
 from alignment.routing import Routing
 from hybrid_engine.checkpoint import save_final
 from hybrid_engine.loading import load_model
