@@ -24,21 +24,14 @@ class InitConfig(Config):
 class ModelConfig(Config):
     """The policy: exactly one of `path` and `init`."""
 
+    one_of = ("path", "init")
+
     path: str | None = None
     """A Transformers directory (read from the recipe's folder) or a hub name."""
     init: InitConfig | None = None
     """Start from random weights."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (self.init is None):
-            raise ValueError("give exactly one of `path` and `init`")
-        return self
-
-
-BalanceKey = Literal["expert", "device", "communication", "devices", "limit"]
 
 
 class TrainConfig(Config):
@@ -60,7 +53,7 @@ class TrainConfig(Config):
     """Compute each sampled token with the experts that the sampler chose for it (R3)."""
     router: Literal["train", "freeze"] = "train"
     """Whether the routers' own weights are trained."""
-    balance: dict[BalanceKey, float] = Field(default_factory=dict)
+    balance: dict[Literal["expert", "device", "communication", "devices", "limit"], float] = Field(default_factory=dict)
     """DeepSeek-V2's losses, e.g. {expert: 0.003, device: 0.05, communication: 0.02, devices: 4, limit: 2} (D, M)."""
 
     @property
@@ -74,17 +67,16 @@ class TrainConfig(Config):
             raise ValueError("`balance` by device or communication needs `devices` (D) and `limit` (M)")
         if any(value < 0 for value in self.balance.values()):
             raise ValueError("`balance` must not be negative")
-        if self.world % self.expert:
-            raise ValueError(
-                f"`expert` ({self.expert}) does not divide the {self.world} ranks of `replicate` x `shard`"
-            )
-        if self.shard % self.expert and self.expert % self.shard:
-            raise ValueError(f"of `expert` ({self.expert}) and `shard` ({self.shard}) one must divide the other")
+        expert, shard, world = self.expert, self.shard, self.world
+        if world % expert:
+            raise ValueError(f"`expert` ({expert}) does not divide the {world} ranks of `replicate` x `shard`")
+        if shard % expert and expert % shard:
+            raise ValueError(f"of `expert` ({expert}) and `shard` ({shard}) one must divide the other")
         return self
 
 
-Moment = Annotated[float, Field(ge=0, lt=1)]
 CorrectionKind = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Moment = Annotated[float, Field(ge=0, lt=1)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -152,6 +144,8 @@ class StageConfig(OptimizerConfig):
 class DatasetStageConfig(StageConfig):
     """What a stage has that trains on a dataset."""
 
+    one_of = ("epochs", "steps")
+
     data: DataConfig
     """Its rows, in TRL's formats."""
     epochs: float | None = Field(None, gt=0)
@@ -168,9 +162,7 @@ class DatasetStageConfig(StageConfig):
         return self.steps or math.ceil(self.epochs * rows / self.batch_size)
 
     @model_validator(mode="after")
-    def _one_duration(self) -> Self:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of `epochs` and `steps`")
+    def _schedule_fits(self) -> Self:
         if self.steps is not None:
             self.check_schedule(self.steps)
         return self

@@ -11,6 +11,8 @@ from rollout.config import Config
 class RewardConfig(Config):
     """One reward of a stage: exactly one of `function`, `model` and `path`."""
 
+    one_of = ("function", "model", "path")
+
     function: str | None = None
     """`module:function` or `file.py:function` with TRL's reward signature."""
     model: str | None = None
@@ -40,9 +42,7 @@ class RewardConfig(Config):
         return self.name or (self.source.rpartition(":")[2] if self.function else Path(self.source).name)
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if sum(source is not None for source in (self.function, self.model, self.path)) != 1:
-            raise ValueError("give exactly one of `function`, `model` and `path`")
+    def _fits_its_source(self) -> Self:
         if self.args and not self.function:
             raise ValueError("`args` are for a `function`; remove them")
         if self.normalize == "held_out" and not self.model:
