@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from more_itertools import map_reduce
 
 from alignment.config import GRPOConfig
 from alignment.protocols import TrainRow
@@ -69,12 +70,9 @@ def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[T
 
 def split_over_ranks(rows: Sequence[TrainRow], ranks: int) -> list[list[int]]:
     """Indices of each rank's rows: whole groups, the heaviest first to the rank with the fewest tokens so far."""
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.group, []).append(i)
-    loads = [0] * ranks
-    parts: list[list[int]] = [[] for _ in range(ranks)]
+    groups = map_reduce(range(len(rows)), lambda i: rows[i].group)
     weight = {group: sum(rows[i].length for i in members) for group, members in groups.items()}
+    loads, parts = [0] * ranks, [list[int]() for _ in range(ranks)]
     for group in sorted(groups, key=lambda group: (-weight[group], group)):
         rank = loads.index(min(loads))
         loads[rank] += weight[group]

@@ -132,37 +132,32 @@ def run_evals(
 def _tasks(
     config: EvalConfig, tokenizer: PreTrainedTokenizerBase, base_dir: Path, data_dir: Path | None, seed: int
 ) -> Iterator[dict[str, Task]]:
-    """The tasks by name; within the block the global random states, which tasks may use, follow the seed."""
+    """The recipe's tasks by name and in order, groups and tags resolved; `seed` draws their few-shot examples. Within
+    the block the global random states, which tasks may use, follow it too."""
     if config.chat_template and tokenizer.chat_template is None:
         raise ValueError("evals.chat_template: the tokenizer has no chat template; set model.chat_template")
-    states = random.getstate(), np.random.get_state()
+    states, tasks = (random.getstate(), np.random.get_state()), dict[str, Task]()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:
-        yield _load_tasks(config, base_dir, data_dir, seed)
+        for group, spec in ((group, spec) for group, specs in config.groups.items() for spec in specs):
+            if spec.endswith((".yaml", ".yml")):
+                found = _file_tasks(base_dir / spec, data_dir)
+            elif spec in _manager().task_index:
+                found = _load(_manager(), spec, f"evals.tasks: `{spec}`")
+            else:
+                raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _manager().all_tasks)}")
+            if twice := sorted(tasks.keys() & found.keys()):
+                raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
+            for name, task in found.items():
+                task.config.metadata = {**(task.config.metadata or {}), "group": group}
+                task.set_fewshot_seed(seed)
+                _check_request(name, task, config)
+            tasks |= found
+        yield tasks
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: int) -> dict[str, Task]:
-    """The recipe's tasks by name and in order, groups and tags resolved; `seed` draws their few-shot examples."""
-    tasks: dict[str, Task] = {}
-    for group, spec in ((group, spec) for group, specs in config.groups.items() for spec in specs):
-        if spec.endswith((".yaml", ".yml")):
-            found = _file_tasks(base_dir / spec, data_dir)
-        elif spec in _manager().task_index:
-            found = _load(_manager(), spec, f"evals.tasks: `{spec}`")
-        else:
-            raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _manager().all_tasks)}")
-        if twice := sorted(tasks.keys() & found.keys()):
-            raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
-        for name, task in found.items():
-            task.config.metadata = {**(task.config.metadata or {}), "group": group}
-            task.set_fewshot_seed(seed)
-            _check_request(name, task, config)
-        tasks |= found
-    return tasks
 
 
 def _check_request(name: str, task: Task, config: EvalConfig) -> None:

@@ -1,7 +1,5 @@
 """Crash-safe files of a run folder, its metrics among them, and trackers for those who want them."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -12,12 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignment.config import TrackerKind
-
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -115,7 +110,6 @@ def trackers(
     earlier, killed process logged from there on, and W&B keeps the first of two values of a step, which are the same.
     config: shown beside the curves (the resolved recipe).
     """
-    check_trackers(kinds)
     started = [_start(kind, run_dir, stage, config, first_step) for kind in dict.fromkeys(kinds)]
 
     def log(step: int, metrics: Mapping[str, Any]) -> None:
@@ -130,7 +124,7 @@ def trackers(
             tracker.finish()
 
 
-def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int) -> GeneralTracker:
+def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int) -> Any:
     # Imported here: who only reads metrics must not wait for torch.
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker

@@ -1,31 +1,21 @@
 """Load or initialise a model (DeepSeek-V2's presets) and its tokenizer, and write them as a Transformers directory."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 import yaml
+from more_itertools import always_iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DeepseekV2Config,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.config import InitConfig, ModelConfig
 from alignment.metrics import atomic_directory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD, END, START = "<|pad|>", "<|end|>", "<|start|>"
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -48,21 +38,21 @@ def model_source(config: ModelConfig, base_dir: Path) -> str | None:
     return config.path
 
 
-def _read(kind: type[AutoConfig] | type[AutoTokenizer], source: str, problem: str) -> Any:
+def _read(kind: Any, source: str, problem: str) -> Any:
     try:
         return kind.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{problem} in {source}: {error}") from error
 
 
-def preset_config(init: InitConfig, tokenizer: PreTrainedTokenizerFast) -> DeepseekV2Config:
+def preset_config(init: InitConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.DeepseekV2Config:
     """The configuration of a preset. The nano model's vocabulary is the tokenizer's, the others' the paper's."""
     dimensions = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))[init.preset]
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    return DeepseekV2Config(**{"vocab_size": len(tokenizer)} | dimensions | tokens, norm_topk_prob=False)
+    return transformers.DeepseekV2Config(**{"vocab_size": len(tokenizer)} | dimensions | tokens, norm_topk_prob=False)
 
 
-def train_tokenizer(init: InitConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(init: InitConfig, texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE with at most `init.vocab_size` entries: any text round-trips, every digit is its own token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -76,7 +66,7 @@ def train_tokenizer(init: InitConfig, texts: Iterable[str]) -> PreTrainedTokeniz
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
@@ -92,7 +82,7 @@ def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) ->
     Raises `ValueError` naming the path when it cannot be loaded or has no end token.
     """
     source = model_source(config, base_dir)
-    if config.init is not None:
+    if source is None:
         tokenizer = train_tokenizer(config.init, texts)
     else:
         tokenizer = _read(AutoTokenizer, source, "model.path: no tokenizer")
@@ -114,12 +104,11 @@ def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, base_d
     Raises `ValueError` for a path without a causal language model, for a tokenizer with more entries than the model,
     and for `norm_topk_prob` on DeepSeek-V2, which Transformers ignores and vLLM honours.
     """
-    source = model_source(config, base_dir)
-    if config.init is not None:
+    source, where = model_source(config, base_dir), "model.init"
+    if source is None:
         result = preset_config(config.init, tokenizer)
     else:
-        result = _read(AutoConfig, source, "model.path: no model")
-    where = source or "model.init"
+        result, where = _read(AutoConfig, source, "model.path: no model"), source
     if result.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"{where}: `{result.model_type}` is not a causal language model that Transformers knows")
     if result.model_type == "deepseek_v2" and result.norm_topk_prob:
@@ -137,7 +126,7 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """The float32 model with weights initialised from `seed` (the same seed, the same weights), in `eval` mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def make_reward_model(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
@@ -159,7 +148,7 @@ def as_classifier(
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     with torch.device("meta"):
-        shell = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        shell = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     return shell, {"score.weight" if key == _head(model) else key: tensor for key, tensor in state.items()}
 
 
@@ -198,8 +187,7 @@ def save_model_dir(
     not at all.
     """
     if model.can_generate():  # not a reward model
-        ends = model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends = list(always_iterable(model.generation_config.eos_token_id))
         if tokenizer.eos_token_id not in ends:
             model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -9,6 +9,7 @@ from operator import add
 import numpy as np
 import torch
 import torch.distributed as dist
+from more_itertools import map_reduce
 from transformers import PreTrainedModel
 
 from alignment.logprobs import token_logprobs, tree_logits
@@ -158,12 +159,9 @@ class RankPolicy:
 
     def _micro_batches(self, rows: Sequence[TrainRow]) -> list[MicroBatch]:
         """This rank's micro-batches; every rank gets as many as the one with the most, empty ones if need be."""
-        groups: dict[int, list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(row.group, []).append(i)
         size, by_routes = self.tokens_per_rank, self.routing.replay
         trees = []
-        for members in groups.values():
+        for members in map_reduce(range(len(rows)), lambda i: rows[i].group).values():
             trees += plant([rows[i].trajectory for i in members], members, size, by_routes=by_routes)
         batches = pack(trees, size)
         count = max(1, len(batches))

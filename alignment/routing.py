@@ -55,12 +55,6 @@ class Load:
         }
 
 
-def routers_of(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """The modules that choose experts, by name, in the order of their layers."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if type(module).__name__.lower().endswith("topkrouter")}
-
-
 class Routing:
     """Hooks on every router of a model. `start` comes before a micro-batch's forward, and what it sets stays until its
     backward has ended (where layers are recomputed)."""
@@ -70,13 +64,13 @@ class Routing:
 
         Raises ValueError for a replay or a balance that this model cannot have.
         """
-        named = routers_of(model)
+        modules = model.named_modules()
+        named = {name: module for name, module in modules if type(module).__name__.lower().endswith("topkrouter")}
         given, losses = config.balance, ("expert", "device", "communication")
         alphas = {loss: given[loss] for loss in losses if given.get(loss)}
         if not named and (config.routing_replay or alphas):
             key, purpose = ("balance", "balance") if alphas else ("routing_replay", "replay")
-            kind = type(model).__name__
-            raise ValueError(f"train.{key}: {kind} has no routed experts to {purpose}; leave it out")
+            raise ValueError(f"train.{key}: {type(model).__name__} has no routed experts to {purpose}; leave it out")
         self._devices = int(given.get("devices", 1))
         if odd := [len(router.weight) for router in named.values() if len(router.weight) % self._devices]:
             raise ValueError(f"train.balance: {self._devices} devices do not divide {odd[0]} experts")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from more_itertools import constrained_batches
 
 from rollout.types import Trajectory
 
@@ -98,15 +99,8 @@ def _read(trajectory: Trajectory, by_routes: bool) -> np.ndarray:
 
 def pack(trees: Sequence[Tree], max_nodes: int) -> list[MicroBatch]:
     """Pack trees, longest first, into micro-batches of at most `max_nodes` nodes (a longer tree goes alone)."""
-    batches: list[list[Tree]] = []
-    size = 0
-    for tree in sorted(trees, key=_size, reverse=True):
-        if not batches or size + _size(tree) > max_nodes:
-            batches.append([])
-            size = 0
-        batches[-1].append(tree)
-        size += _size(tree)
-    return [_micro_batch(batch) for batch in batches]
+    longest_first = sorted(trees, key=_size, reverse=True)
+    return [_micro_batch(some) for some in constrained_batches(longest_first, max_nodes, get_len=_size, strict=False)]
 
 
 def _size(tree: Tree) -> int:

@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from multiprocessing import Pipe
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class RewardSource(Protocol):
 LOAD_LIMIT = 300.0  # seconds for importing a reward's module, which may bring torch along
 
 
-class RewardPool:
+class RewardPool(AbstractContextManager["RewardPool"]):
     """Scores whole groups with a stage's rewards, in the background while other completions are still being sampled.
 
     A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL; where no
@@ -83,7 +84,14 @@ class RewardPool:
         The future gives one `Scores` per group, in order, or raises `RewardError`.
         trainer_state: fields of TRL's `trainer_state`; `global_step` counts the batches before this one.
         """
-        batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
+        rows = [(group, completion) for group in groups for completion in group.completions]
+        names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS)
+        # A column that some rows lack is None there, as in a `datasets.Dataset`.
+        columns: dict[str, list[Any]] = {name: [group.prompt.columns.get(name) for group, _ in rows] for name in names}
+        columns["prompts"] = [group.prompt.text for group, _ in rows]
+        columns["completions"] = [group.answer(completion) for group, completion in rows]
+        columns["completion_ids"] = [completion.token_ids.tolist() for _, completion in rows]
+        batch = Batch(columns, {"max_steps": self._max_steps, **trainer_state})
         replies = [worker.thread.submit(_score, worker, groups, batch) for worker in self._workers]
         return self._sum.submit(_combine, groups, [worker.config for worker in self._workers], replies)
 
@@ -93,22 +101,8 @@ class RewardPool:
             worker.close()
         self._sum.shutdown()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
-    """A column that some rows lack is None there, as in a `datasets.Dataset`."""
-    rows = [(group, completion) for group in groups for completion in group.completions]
-    names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS)
-    columns: dict[str, list[Any]] = {name: [group.prompt.columns.get(name) for group, _ in rows] for name in names}
-    columns["prompts"] = [group.prompt.text for group, _ in rows]
-    columns["completions"] = [group.answer(completion) for group, completion in rows]
-    columns["completion_ids"] = [completion.token_ids.tolist() for _, completion in rows]
-    return Batch(columns, trainer_state)
 
 
 class WorkerProcess:

@@ -26,7 +26,13 @@ def load_rows(config: DataConfig, base_dir: Path, data_dir: Path | None = None) 
         source, rows = _path_rows(config, data_dir or base_dir)
     if not rows:
         raise ValueError(f"{source}: the dataset is empty")
-    return [_rename(row, config.columns, f"{source}, row {index}") for index, row in enumerate(rows[: config.limit])]
+    rows, names = rows[: config.limit], config.columns
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{source}, row {index}: expected an object with columns, got {type(row).__name__}")
+        if missing := [old for old in names.values() if old not in row]:
+            raise ValueError(f"{source}, row {index}: no column `{missing[0]}`; there are: {', '.join(row)}")
+    return [row | {new: row[old] for new, old in names.items()} for row in rows]
 
 
 def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -37,15 +43,6 @@ def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             for item in value if isinstance(value, list) else [value]:
                 fields = item.values() if isinstance(item, Mapping) else [item]
                 yield from (field for field in fields if field and isinstance(field, str))
-
-
-def _rename(row: Any, columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with columns, got {type(row).__name__}")
-    missing = [old for old in columns.values() if old not in row]
-    if missing:
-        raise ValueError(f"{where}: no column `{missing[0]}`; there are: {', '.join(row)}")
-    return row | {new: row[old] for new, old in columns.items()}
 
 
 def _path_rows(config: DataConfig, folder: Path) -> tuple[str, list[Any]]:
@@ -71,7 +68,6 @@ def _path_rows(config: DataConfig, folder: Path) -> tuple[str, list[Any]]:
 
 def _file_rows(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
-        import pyarrow
         import pyarrow.parquet
 
         try:

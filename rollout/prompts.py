@@ -76,8 +76,7 @@ def is_chat(text: Any, where: str) -> bool:
 
 def check_lengths(prompts: Sequence[Prompt], max_length: int, max_new_tokens: int, source: str = "prompts") -> None:
     """Raise `ValueError` naming the longest prompt if it and `max_new_tokens` do not fit `max_length` tokens."""
-    too_long = [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens > max_length]
-    if too_long:
+    if too_long := [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens > max_length]:
         worst = max(too_long, key=lambda prompt: len(prompt.token_ids))
         raise ValueError(
             f"{source}, row {worst.index}: a prompt of {len(worst.token_ids)} tokens and {max_new_tokens} new ones "

@@ -253,8 +253,6 @@ class VllmEngine:
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
         start, end = len(output.prompt_token_ids), len(output.prompt_token_ids) + len(completion.token_ids)
-        loss_mask = np.zeros(end, bool)
-        loss_mask[start:] = True
         logprobs = np.full(end, np.nan, np.float32)
         if completion.logprobs is not None:
             logprobs[start:] = completion.logprobs.logprobs
@@ -263,7 +261,7 @@ class VllmEngine:
             routes = completion.routed_experts if self._recorder is None else self._recorder.take(index, end)
         return Trajectory(
             token_ids=np.array([*output.prompt_token_ids, *completion.token_ids], np.int32),
-            loss_mask=loss_mask,
+            loss_mask=np.arange(end) >= start,
             logprobs=logprobs,
             finish_reason=completion.finish_reason,
             version_spans=(VersionSpan(version, start, end),),

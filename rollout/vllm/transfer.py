@@ -54,12 +54,12 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
 
         After an error the engine's layers are whole again, but hold a mixture: only a complete hand-over mends them.
         """
-        with set_current_vllm_config(self.vllm_config):
-            try:
+        try:
+            with set_current_vllm_config(self.vllm_config):
                 self._load(update_info.parcels, update_info.last)
-            except BaseException:
-                self.finish_weight_update()
-                raise
+        except BaseException:
+            self.finish_weight_update()
+            raise
 
     def finish_weight_update(self) -> None:
         """Rebuild what is derived from the weights (MLA's absorbed matrices, a tied output layer)."""
