@@ -105,11 +105,9 @@ class OptimizerConfig(Config):
             raise ValueError(f"`warmup_steps` + `decay_steps` are {needed}, more than the {steps} optimiser steps")
 
     def rate(self, step: int, total_steps: int) -> float:
-        """Learning rate of update `step` (from 0) of `total_steps`.
-
-        Linear warm-up over `warmup_steps` (the first update already learns), then constant, then the decay over the
-        last `decay_steps` updates (all after the warm-up by default), which would reach 0 one update after the last.
-        """
+        """Learning rate of update `step` (from 0) of `total_steps`. Linear warm-up over `warmup_steps` (the first
+        update already learns), then constant, then the decay over the last `decay_steps` updates (all after the warm-up
+        by default), which would reach 0 one update after the last."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":

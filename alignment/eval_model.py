@@ -80,10 +80,8 @@ class SamplerLM(LM):
 
     def tokens(self, requests: Sequence[Instance], max_length: int) -> list[Tokens]:
         """What each request asks for. Raises `ValueError` naming the longest if it does not fit `max_length` tokens.
-
         Context and continuation are encoded as one text, then split: white space at the context's end belongs to the
-        continuation (lm-eval's rule). An empty context is the BOS (or end) token.
-        """
+        continuation (lm-eval's rule). An empty context is the BOS (or end) token."""
         tokens = [self._tokens(instance) for instance in requests]
         needs = [len(context) + len(rest) + new for context, rest, new in tokens]
         worst = needs.index(max(needs))

@@ -67,11 +67,9 @@ def check_tasks(
     seed: int = 0,
     data_dir: Path | None = None,
 ) -> list[TaskInfo]:
-    """Load every task and build its prompts, without a model. `run_evals` says where files are looked for.
-
-    Raises `ValueError` for a task that does not exist (with the nearest name), cannot be loaded, asks for what the
-    sampler does not do, or needs more context than the `max_length` tokens there are.
-    """
+    """Load every task and build its prompts, without a model. `run_evals` says where files are looked for. Raises
+    `ValueError` for a task that does not exist (with the nearest name), cannot be loaded, asks for what the sampler
+    does not do, or needs more context than the `max_length` tokens there are."""
     infos, model = [], SamplerLM(None, tokenizer, seed)
     with _tasks(config, tokenizer, base_dir, data_dir, seed) as tasks:
         for name, task in tasks.items():

@@ -113,11 +113,9 @@ def tree_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface: query, key, value [1, heads, N, dim] -> output [1, N, heads, dim].
-
-    Raises ValueError for what a plain softmax over the tree would compute wrongly: attention sinks, soft caps and
-    sliding windows shorter than the longest tree.
-    """
+    """Transformers' attention interface: query, key, value [1, heads, N, dim] -> output [1, N, heads, dim]. Raises
+    ValueError for what a plain softmax over the tree would compute wrongly: attention sinks, soft caps and sliding
+    windows shorter than the longest tree."""
     if sliding_window is not None and sliding_window < tree.gather.shape[1]:
         raise ValueError(
             f"this model attends to the last {sliding_window} tokens only, but a sequence has up to "

@@ -78,10 +78,8 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a .jsonl file, in order; a last line torn by a crash is left out.
-
-    Raises ValueError naming file and line when a whole line is not JSON.
-    """
+    """Every whole row of a .jsonl file, in order; a last line torn by a crash is left out. Raises ValueError naming
+    file and line when a whole line is not JSON."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:

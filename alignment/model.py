@@ -24,10 +24,8 @@ disable_progress_bar()  # its bars for every load and save would tear the stage'
 
 
 def model_source(config: ModelConfig, base_dir: Path) -> str | None:
-    """The directory (made absolute) or hub name to load from; None for a model from scratch.
-
-    Raises `ValueError` when a directory does not exist.
-    """
+    """The directory (made absolute) or hub name to load from; None for a model from scratch. Raises `ValueError` when a
+    directory does not exist."""
     if config.path is None:
         return None
     path = base_dir / Path(config.path).expanduser()
@@ -78,9 +76,7 @@ def train_tokenizer(init: InitConfig, texts: Iterable[str]) -> transformers.PreT
 
 def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.path`, or one trained on `texts` (`model.init`), always with an end and a pad token.
-
-    Raises `ValueError` naming the path when it cannot be loaded or has no end token.
-    """
+    Raises `ValueError` naming the path when it cannot be loaded or has no end token."""
     source = model_source(config, base_dir)
     if source is None:
         tokenizer = train_tokenizer(config.init, texts)
@@ -99,11 +95,9 @@ def load_tokenizer(config: ModelConfig, base_dir: Path, texts: Iterable[str]) ->
 
 
 def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, base_dir: Path) -> PreTrainedConfig:
-    """The Transformers configuration of `model.path` or of the preset.
-
-    Raises `ValueError` for a path without a causal language model, for a tokenizer with more entries than the model,
-    and for `norm_topk_prob` on DeepSeek-V2, which Transformers ignores and vLLM honours.
-    """
+    """The Transformers configuration of `model.path` or of the preset. Raises `ValueError` for a path without a causal
+    language model, for a tokenizer with more entries than the model, and for `norm_topk_prob` on DeepSeek-V2, which
+    Transformers ignores and vLLM honours."""
     source, where = model_source(config, base_dir), "model.init"
     if source is None:
         result = preset_config(config.init, tokenizer)
@@ -131,10 +125,8 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def make_reward_model(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
     """Give a causal LM one score in place of its next-token logits, on the device that it is on (`meta` included).
-
     Returns the new weight [1, H] by its name, with spread 1 / sqrt(H + 1) (Stiennon et al. 2020, appendix C). The
-    configuration must say `tie_word_embeddings=False` from the start.
-    """
+    configuration must say `tie_word_embeddings=False` from the start."""
     name, width = _head(model), model.config.get_text_config().hidden_size
     model.set_output_embeddings(torch.nn.Linear(width, 1, bias=False, device=model.device, dtype=torch.float32))
     weight = torch.empty(1, width).normal_(0, (width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
@@ -153,10 +145,8 @@ def as_classifier(
 
 
 def check_classifier(path: str, base_dir: Path) -> str:
-    """Where the sequence classifier in `path` (read from `base_dir`) or on the hub lies, if it gives one score.
-
-    Raises ValueError where there is none, or it has several outputs.
-    """
+    """Where the sequence classifier in `path` (read from `base_dir`) or on the hub lies, if it gives one score. Raises
+    ValueError where there is none, or it has several outputs."""
     source = model_source(ModelConfig(path=path), base_dir)
     config = _read(AutoConfig, source, "no model")
     kinds = config.architectures or ["of an unknown kind"]

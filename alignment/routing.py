@@ -60,10 +60,8 @@ class Routing:
     backward has ended (where layers are recomputed)."""
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, capacity: float | None = None) -> None:
-        """What the recipe asks of the policy's routers, and the stage with its `capacity` of a device.
-
-        Raises ValueError for a replay or a balance that this model cannot have.
-        """
+        """What the recipe asks of the policy's routers, and the stage with its `capacity` of a device. Raises
+        ValueError for a replay or a balance that this model cannot have."""
         modules = model.named_modules()
         named = {name: module for name, module in modules if type(module).__name__.lower().endswith("topkrouter")}
         given, losses = config.balance, ("expert", "device", "communication")
@@ -147,10 +145,8 @@ class Routing:
     def _gates(
         self, layer: int, router: torch.nn.Module, output: tuple[torch.Tensor, ...], ids: torch.Tensor
     ) -> torch.Tensor:
-        """The gate weights [N, K] of other experts `ids`, as this router would compute them.
-
-        Raises ValueError for a router that computes them in none of the known ways.
-        """
+        """The gate weights [N, K] of other experts `ids`, as this router would compute them. Raises ValueError for a
+        router that computes them in none of the known ways."""
         logits, gates, own = output
         scores = _scores(router, logits)
         scale = router.routed_scaling_factor if hasattr(router, "routed_scaling_factor") else 1.0
@@ -202,11 +198,9 @@ def count(
 def dropped(
     scores_NE: torch.Tensor, ids_NK: torch.Tensor, exempt_N: torch.Tensor, capacity: float, devices: int
 ) -> torch.Tensor:
-    """[N, K] bool: the slots of a layer that are dropped, by affinities and experts of a forward's tokens.
-
-    A slot is one of a token's K experts. A device with more than `capacity` times the mean of all drops those of the
-    lowest affinity: they are routed and counted as before, and weigh nothing. Exempt tokens lose none.
-    """
+    """[N, K] bool: the slots of a layer that are dropped, by affinities and experts of a forward's tokens. A slot is
+    one of a token's K experts. A device with more than `capacity` times the mean of all drops those of the lowest
+    affinity: they are routed and counted as before, and weigh nothing. Exempt tokens lose none."""
     device_NK = ids_NK // (scores_NE.shape[1] // devices)
     affinities = scores_NE.gather(-1, ids_NK).flatten()
     lost = torch.zeros_like(affinities, dtype=torch.bool)

@@ -72,11 +72,9 @@ class TaxRow:
 
 
 def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval for the difference (gained - lost) / n of two paired proportions (Tango 1998, section 4).
-
-    All d with |T(d)| <= z, T(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d))), where q is the maximum
-    likelihood estimate of P(lost) under the difference d. Without any flip it is +-z^2 / (n + z^2), not zero wide.
-    """
+    """Score interval for the difference (gained - lost) / n of two paired proportions (Tango 1998, section 4). All d
+    with |T(d)| <= z, T(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d))), where q is the maximum likelihood
+    estimate of P(lost) under the difference d. Without any flip it is +-z^2 / (n + z^2), not zero wide."""
     if not (n > 0 and gained >= 0 and lost >= 0 and gained + lost <= n):
         raise ValueError(f"{gained} gained and {lost} lost of {n} items is impossible")
     estimate, z2 = (gained - lost) / n, stats.norm.ppf(0.5 + confidence / 2) ** 2
@@ -96,10 +94,8 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
 
 
 def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time.
-
-    Equal differences give an interval of no width (resampling cannot know more); one item gives NaN.
-    """
+    """BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time. Equal
+    differences give an interval of no width (resampling cannot know more); one item gives NaN."""
     if len(differences) < 2:
         return math.nan, math.nan
     if np.ptp(differences) == 0:

@@ -67,11 +67,9 @@ class MicroBatch:
 def plant(
     trajectories: Sequence[Trajectory], rows: Sequence[int], max_nodes: int, *, by_routes: bool = False
 ) -> list[Tree]:
-    """Merge the sequences of one group into trees of at most `max_nodes` nodes (a longer sequence stands alone).
-
-    A token is shared where the sequences agree up to it: on tokens, and with `by_routes` on the experts that the
-    sampler chose for them (otherwise a shared node has the experts of one of its sequences).
-    """
+    """Merge the sequences of one group into trees of at most `max_nodes` nodes (a longer sequence stands alone). A
+    token is shared where the sequences agree up to it: on tokens, and with `by_routes` on the experts that the sampler
+    chose for them (otherwise a shared node has the experts of one of its sequences)."""
     # Sorted, depth-first order comes by itself.
     keys = [_read(trajectory, by_routes) for trajectory in trajectories]
     order = sorted(range(len(keys)), key=lambda i: (keys[i].tobytes(), int(trajectories[i].token_ids[-1])))

@@ -202,11 +202,9 @@ def _score(worker: RewardSource, groups: Sequence[Group], batch: Batch) -> Reply
 
 
 def _one_by_one(worker: RewardSource, batch: Batch) -> list[float | str | None]:
-    """Call the function with each completion alone: the values of those that were tried, a str for what went wrong.
-
-    To stop the run one culprit is enough; after two time limits a batch that timed out was merely slow. To mask,
-    every culprit is wanted, and each one that hangs costs a time limit: after ten the rest counts as untried.
-    """
+    """Call the function with each completion alone: the values of those that were tried, a str for what went wrong. To
+    stop the run one culprit is enough; after two time limits a batch that timed out was merely slow. To mask, every
+    culprit is wanted, and each one that hangs costs a time limit: after ten the rest counts as untried."""
     stop = worker.config.on_error == "stop"
     worker.ready()  # the time that loading takes is not the function's
     deadline = time.monotonic() + worker.config.timeout * (2 if stop else 10)

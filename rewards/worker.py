@@ -64,10 +64,8 @@ class Reply:
 
 
 def main(fd: int, parent: int, setup: bytes) -> None:
-    """Serve the socket `fd` until it closes. `setup`: pickled spec, args, base_dir.
-
-    The first `Reply` comes once the function is loaded, or says why it is not; then one for each `Batch`.
-    """
+    """Serve the socket `fd` until it closes. `setup`: pickled spec, args, base_dir. The first `Reply` comes once the
+    function is loaded, or says why it is not; then one for each `Batch`."""
     # A function that hangs in C never reads the socket: only the kernel can end it when `parent` is killed.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

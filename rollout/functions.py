@@ -53,9 +53,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def describe_error(error: BaseException, file: str | None) -> str:
     """`ValueError: what it says (rules.py, line 12: the line)`: the deepest line in `file` on the way to the error.
-
-    Without a file: the deepest line that is not the import system's.
-    """
+    Without a file: the deepest line that is not the import system's."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
     own = [f for f in frames if (f.filename == file if file else f.filename not in (__file__, importlib.__file__))]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""

@@ -14,11 +14,9 @@ from rollout.types import Prompt, Text, Trajectory
 
 
 def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Prompt]:
-    """Tokenise each row's `prompt` as TRL's GRPOTrainer does; the other columns go along.
-
-    A string is tokenised as it is, special tokens as the tokenizer adds them; chat messages go through the chat
-    template with the generation prompt. Raises `ValueError` naming `source` and the row.
-    """
+    """Tokenise each row's `prompt` as TRL's GRPOTrainer does; the other columns go along. A string is tokenised as it
+    is, special tokens as the tokenizer adds them; chat messages go through the chat template with the generation
+    prompt. Raises `ValueError` naming `source` and the row."""
     prompts = []
     encoded = encode_strings((row["prompt"] for row in rows), tokenizer)
     for index, row in enumerate(rows):
@@ -51,10 +49,8 @@ def encode_text(
 def encode_chat(
     chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, **template: Any
 ) -> Mapping[str, list[int]]:
-    """`input_ids` of a chat, and what else `template` asks `apply_chat_template` for.
-
-    Raises `ValueError` when there is no template, or it refuses the chat.
-    """
+    """`input_ids` of a chat, and what else `template` asks `apply_chat_template` for. Raises `ValueError` when there is
+    no template, or it refuses the chat."""
     if tokenizer.chat_template is None and template.get("chat_template") is None:
         raise ValueError(f"{where}: chat messages, but the tokenizer has no chat template; set `model.chat_template`")
     try:
@@ -94,11 +90,9 @@ T = TypeVar("T")
 
 
 class Stream(Iterator[list[T]], Generic[T]):
-    """Endless batches of items, shuffled anew in each epoch, that can be continued from a saved state.
-
-    An epoch's order depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so
-    every item comes exactly once an epoch and none is left out (a batch may then hold an item twice).
-    """
+    """Endless batches of items, shuffled anew in each epoch, that can be continued from a saved state. An epoch's order
+    depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so every item comes
+    exactly once an epoch and none is left out (a batch may then hold an item twice)."""
 
     def __init__(self, items: Sequence[T], batch_size: int, seed: int, digest: str | None = None) -> None:
         """digest: of items and seed, where `fingerprint` cannot make it."""

@@ -42,10 +42,8 @@ class Sampling:
 
 
 def group_requests(prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling, step: int) -> list[Request]:
-    """The requests of prompts at `places` of a batch, prompt by prompt; a seed is made of what its request is for.
-
-    The place, and not the prompt's row, is in the seed: a batch that reaches into the next epoch may hold a row twice.
-    """
+    """The requests of prompts at `places` of a batch, prompt by prompt; a seed is made of what its request is for. The
+    place, and not the prompt's row, is in the seed: a batch that reaches into the next epoch may hold a row twice."""
     return [
         Request(
             prompt=prompt.token_ids,
@@ -70,10 +68,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of a given sequence: both arrays [T], entry 0 is NaN / False.
-
-    logprobs[t] = log p(token t | tokens before t) at temperature 1; greedy[t]: token t was the argmax.
-    """
+    """Log-probabilities of a given sequence: both arrays [T], entry 0 is NaN / False. logprobs[t] = log p(token t |
+    tokens before t) at temperature 1; greedy[t]: token t was the argmax."""
 
     logprobs: np.ndarray
     greedy: np.ndarray

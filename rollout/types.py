@@ -70,10 +70,8 @@ class Trajectories(tuple[Trajectory, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """Where a large value lies: item `index` of the list behind `ref`.
-
-    `ref` is opaque outside `hybrid_engine` (there, a Ray object reference or what it refers to).
-    """
+    """Where a large value lies: item `index` of the list behind `ref`. `ref` is opaque outside `hybrid_engine` (there,
+    a Ray object reference or what it refers to)."""
 
     ref: Any
     index: int

@@ -89,9 +89,7 @@ def piece_view(buffer: np.ndarray | torch.Tensor, piece: Piece) -> torch.Tensor:
 
 def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of which the parcels hold a piece, joined from all its pieces; one of a single piece is not copied.
-
-    Raises HandoverError with the name of the check that failed: duplicate, digest, shards.
-    """
+    Raises HandoverError with the name of the check that failed: duplicate, digest, shards."""
     pieces: dict[str, list[tuple[Piece, Parcel]]] = {}
     arrived = {
         id(p): device_digests(p.buffer, p.manifest.pieces) for p in parcels if isinstance(p.buffer, torch.Tensor)

@@ -116,11 +116,9 @@ class VllmEngine:
         return self._config.max_length
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
-        """Yield the samples that finished at each engine step; closing the iterator aborts the others.
-
-        A completion is cut where prompt and completion fill `max_length`. Raises ValueError for a prompt that
-        leaves no room, RuntimeError while an earlier iterator is still open.
-        """
+        """Yield the samples that finished at each engine step; closing the iterator aborts the others. A completion is
+        cut where prompt and completion fill `max_length`. Raises ValueError for a prompt that leaves no room,
+        RuntimeError while an earlier iterator is still open."""
         self._check_weights()
         params = [self._sampling_params(index, request) for index, request in enumerate(requests)]
         return self._samples(requests, params)
@@ -144,10 +142,8 @@ class VllmEngine:
         return scores
 
     def canary(self, prompts: Sequence[np.ndarray], top: int) -> list[dict[int, float]]:
-        """For each prompt, token id -> log-probability at temperature 1 of its `top` likeliest next tokens.
-
-        One greedy step over the batch, and it reads the prefix cache, so that stale prefixes show too.
-        """
+        """For each prompt, token id -> log-probability at temperature 1 of its `top` likeliest next tokens. One greedy
+        step over the batch, and it reads the prefix cache, so that stale prefixes show too."""
         self._check_weights()
         params = SamplingParams(logprobs=top, **ONE_GREEDY_TOKEN)
         tops: list[dict[int, float]] = [{} for _ in prompts]
@@ -158,11 +154,8 @@ class VllmEngine:
 
     def update_weights(self, parcels: Sequence[Parcel], *, first: bool = True, last: bool = True) -> None:
         """Take over the checkpoint-named tensors of one bucket, in place; several make a hand-over, from the `first` to
-        the `last`.
-
-        Raises HandoverError with the name of the check that failed (version, shards, digest, duplicate, delivery,
-        coverage, prefix cache); the engine then refuses to generate until a hand-over succeeds.
-        """
+        the `last`. Raises HandoverError with the name of the check that failed (version, shards, digest, duplicate,
+        delivery, coverage, prefix cache); the engine then refuses to generate until a hand-over succeeds."""
         if first and self._llm.has_unfinished_requests():
             raise RuntimeError("weights cannot change while requests run: exhaust or close the iterator first")
         self._version = None

