@@ -203,11 +203,9 @@ class RolloutStageConfig(StageConfig):
     @model_validator(mode="after")
     def _rewards_have_names(self) -> Self:
         names = [reward.label for reward in self.rewards]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two rewards are called `{twice[0]}`: give each its own `name`")
-        taken = sorted({"mean", "std", "masked"} & set(names))
-        if taken:
+        if taken := sorted({"mean", "std", "masked"} & set(names)):
             raise ValueError(f"a reward cannot be called `{taken[0]}`, a metric of the batch: give it another `name`")
         return self
 

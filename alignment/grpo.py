@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment.batch import group_advantages, grpo_minibatches, rewards_PG
 from alignment.config import GRPOConfig
-from alignment.losses import Correction, grpo_loss
+from alignment.losses import correction, grpo_loss
 from alignment.protocols import Engine, Policy, Step, TrainRow
 from rewards.pool import RewardPool
 from rollout.prompts import Stream
@@ -42,7 +42,10 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
     minibatches = grpo_minibatches(groups, config)
     if not any(minibatches):  # no group has signal: a counted step without an update
         return rollout_metrics(groups, config.truncated) | _merge_updates([])
-    loss = partial(grpo_loss, clip=config.clip_range, kl=config.kl, correction=_correction(config))
+    correct = None
+    for kind, (low, high) in config.correction.items():  # one at most
+        correct = partial(correction, low=low, high=high, sequence=kind.startswith("sequence"), mask="mask" in kind)
+    loss = partial(grpo_loss, clip=config.clip_range, kl=config.kl, correct=correct)
     if config.kl > 0:
         with engine.phase("reference") as policy:
             minibatches = [_add_logprobs(policy, rows, config, reference=True) for rows in minibatches]
@@ -61,12 +64,6 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
                 check_mismatch(update, config, engine.precision, step)
             updates.append(update | {"learning_rate": rate})
     return rollout_metrics(groups, config.truncated) | _merge_updates(updates)
-
-
-def _correction(config: GRPOConfig) -> Correction | None:
-    for kind, (low, high) in config.correction.items():
-        return Correction(low, high, sequence=kind.startswith("sequence"), mask=kind.endswith("mask"))
-    return None
 
 
 def _add_logprobs(policy: Policy, rows: list[TrainRow], config: GRPOConfig, *, reference: bool) -> list[TrainRow]:

@@ -81,14 +81,11 @@ def make_sft_rows(
         raise ValueError(
             f"{source}: none of its {len(rows)} rows has a token to train on within max_length={config.max_length}"
         )
-    return trajectories, {
-        "rows": len(rows),
-        "kept": len(trajectories),
-        "cut": cut,
-        "dropped": len(rows) - len(trajectories),
-        "tokens": sum(len(row.token_ids) for row in trajectories),
-        "loss_tokens": sum(int(row.loss_mask.sum()) for row in trajectories),
-    }
+    kept = len(trajectories)
+    counts = {"rows": len(rows), "kept": kept, "cut": cut, "dropped": len(rows) - kept}
+    counts["tokens"] = sum(len(row.token_ids) for row in trajectories)
+    counts["loss_tokens"] = sum(int(row.loss_mask.sum()) for row in trajectories)
+    return trajectories, counts
 
 
 def _prompt_and_whole(row: Mapping[str, Any], where: str, eos_token: str) -> tuple[Text | None, Text]:

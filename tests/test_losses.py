@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from alignment.batch import group_advantages
 from alignment.config import OptimizerConfig
-from alignment.losses import Correction, grpo_loss, k3, sft_loss
+from alignment.losses import correction, grpo_loss, k3, sft_loss
 from alignment.protocols import LossInputs
 
 
@@ -71,21 +72,21 @@ def test_the_kl_term_is_k3_towards_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("correction", "factors", "outside"),
+    ("options", "factors", "outside"),
     [
-        (Correction(0, 1.5, sequence=False, mask=False), [1.2, 1.5, 0.5], [0, 1, 0]),  # TIS
-        (Correction(0, 1.5, sequence=False, mask=True), [1.2, 0.0, 0.5], [0, 1, 0]),  # MIS
-        (Correction(0.8, 1.5, sequence=False, mask=True), [1.2, 0.0, 0.0], [0, 1, 1]),  # IcePop
-        (Correction(0, 3.0, sequence=True, mask=False), [2.4, 2.4, 0.5], [0, 0, 0]),
-        (Correction(0, 2.0, sequence=True, mask=True), [0.0, 0.0, 0.5], [1, 1, 0]),
+        ({"low": 0, "high": 1.5, "sequence": False, "mask": False}, [1.2, 1.5, 0.5], [0, 1, 0]),  # TIS
+        ({"low": 0, "high": 1.5, "sequence": False, "mask": True}, [1.2, 0.0, 0.5], [0, 1, 0]),  # MIS
+        ({"low": 0.8, "high": 1.5, "sequence": False, "mask": True}, [1.2, 0.0, 0.0], [0, 1, 1]),  # IcePop
+        ({"low": 0, "high": 3.0, "sequence": True, "mask": False}, [2.4, 2.4, 0.5], [0, 0, 0]),
+        ({"low": 0, "high": 2.0, "sequence": True, "mask": True}, [0.0, 0.0, 0.5], [1, 1, 0]),
     ],
 )
-def test_importance_correction_weighs_the_policy_term_alone(correction, factors, outside) -> None:
+def test_importance_correction_weighs_the_policy_term_alone(options, factors, outside) -> None:
     # p_trainer / p_sampler 1.2 and 2 in row 0, 0.5 in row 1
     given = inputs([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [1.0, -2.0, 0.5], [0.1, 0.2, 0.3], reference=[-1.5, -2, -3])
     ratios = torch.tensor([1.2, 2.0, 0.5], dtype=torch.float64)
     given = dataclasses.replace(given, sampler_logprobs=given.old_logprobs - ratios.log(), rows=torch.tensor([0, 0, 1]))
-    outputs = grpo_loss(given, clip=(0.2, 0.2), kl=0.1, correction=correction)
+    outputs = grpo_loss(given, clip=(0.2, 0.2), kl=0.1, correct=partial(correction, **options))
     outputs.loss.backward()
     kl = math.exp(-0.5) + 0.5 - 1
     expected = -(0.1 * factors[0] * 1.0 + 0.2 * factors[1] * -2.0 + 0.3 * factors[2] * 0.5) + 0.1 * 0.1 * kl

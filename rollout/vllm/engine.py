@@ -1,7 +1,5 @@
 """vLLM in the caller's own process, driven request by request."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -48,8 +46,7 @@ class VllmEngine:
         routes: bool = False,
     ) -> None:
         needed = environment(config, int(os.environ.get("RANK", "0")))
-        unset = {name for name, value in needed.items() if os.environ.get(name) != value}
-        if unset:
+        if unset := {name for name, value in needed.items() if os.environ.get(name) != value}:
             raise RuntimeError(f"start this process with rollout.vllm.environment.environment(config): {sorted(unset)}")
         text_config = AutoConfig.from_pretrained(model_dir).get_text_config()
         if hasattr(text_config, "max_position_embeddings") and config.max_length > text_config.max_position_embeddings:
@@ -87,7 +84,7 @@ class VllmEngine:
             ),
             usage_context=UsageContext.LLM_CLASS,
         )
-        self._recorder: RouteRecorder | None = None
+        self._recorder = None
         if told and installed().device == "cpu":
             from rollout.vllm.routes import RouteRecorder
 

@@ -44,8 +44,7 @@ class RouteRecorder:
         for end in range(self._block, len(prompt) + 1, self._block):
             if routes[end - self._block, 0, 0] != UNKNOWN:
                 break
-            known = self._blocks.get(prompt[:end].tobytes())
-            if known is not None:
+            if (known := self._blocks.get(prompt[:end].tobytes())) is not None:
                 routes[end - self._block : end] = known
         return routes
 

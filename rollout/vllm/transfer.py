@@ -79,8 +79,7 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
         if len(self._versions) > 1:
             raise HandoverError(f"version: buffers of hand-overs {sorted(self._versions)} arrived as one")
         waiting = {piece.name for parcel in parcels for piece in parcel.manifest.pieces}
-        twice = waiting & self._arrived
-        if twice:
+        if twice := waiting & self._arrived:
             raise HandoverError(f"duplicate: tensor {min(twice)} had arrived in an earlier bucket")
         self._arrived |= waiting
 
@@ -92,8 +91,7 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
         self._loaded |= self.model.load_weights(arrivals()) or set()
         if waiting:
             raise HandoverError(f"delivery: the engine never took tensor {min(waiting)} ({len(waiting)} in all)")
-        missing = faults.uncovered(self.model, self._loaded) if last else ()
-        if missing:
+        if missing := faults.uncovered(self.model, self._loaded) if last else ():
             raise HandoverError(f"coverage: parameter {missing[0]} got no weights, or not all ({len(missing)} in all)")
 
 
