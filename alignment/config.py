@@ -250,11 +250,6 @@ class GRPOConfig(RolloutStageConfig):
     correction: dict[CorrectionKind, tuple[float, float]] = Field(default_factory=dict, max_length=1)
     """Importance correction, {token_truncate: [0, 3]} (TIS), {token_mask: [0.5, 5]} (IcePop), also for a sequence."""
 
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """Lower and upper epsilon."""
-        return self.clip if isinstance(self.clip, tuple) else (self.clip, self.clip)
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.check_schedule(self.steps * self.updates_per_batch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,7 +22,7 @@ LOGITS_PER_CHUNK = 32 * 1024 * 1024
 """Logits beyond which the softmax runs in chunks, each recomputed in the backward pass (the logits stay whole)."""
 
 
-def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """log p(token | path to its node) at `temperature`, of every loss-carrying token of the micro-batch: [C] float32;
     and the entropies of the distributions that they come from, in nats: [C] float32, without gradient."""
     targets_M, edges_C = (torch.from_numpy(indices).to(model.device) for indices in (batch.targets, batch.edges))
@@ -30,14 +31,14 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
     return logprobs_M[edges_C], entropies_M[edges_C]
 
 
-def token_scores(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def token_scores(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """As `token_logprobs`, of a reward model: the score at the node before each loss-carrying token, no entropy."""
     scores_M = tree_logits(model, batch, batch.sources)[:, 0].float()
     scores_C = scores_M[torch.from_numpy(batch.edges).to(model.device)]
     return scores_C, torch.zeros_like(scores_C.detach())
 
 
-def tree_logits(model: PreTrainedModel, batch: MicroBatch, sources: np.ndarray) -> torch.Tensor:
+def tree_logits(model: PreTrainedModel, batch: MicroBatch, sources: np.ndarray) -> Tensor:
     """Logits [M, V] at the nodes `sources` [M] int64. With no sources: [0, V], which still hangs on the graph."""
     device = model.device
     nodes = torch.from_numpy(sources).to(device)
@@ -52,9 +53,7 @@ def tree_logits(model: PreTrainedModel, batch: MicroBatch, sources: np.ndarray) 
     return output.logits[0, :0] if empty else output.logits[0]
 
 
-def selected_logprobs(
-    logits_MV: torch.Tensor, targets_M: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selected_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(log softmax(logits / temperature)[target], entropy), both [M] float32; the entropy carries no gradient."""
     rows = max(1, LOGITS_PER_CHUNK // logits_MV.shape[1])
     if logits_MV.shape[0] <= rows:
@@ -66,7 +65,7 @@ def selected_logprobs(
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _selected(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _selected(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     scaled = logits.float() / temperature
     logprobs = torch.log_softmax(scaled, dim=-1)
     with torch.no_grad():
@@ -79,9 +78,9 @@ class TreeLayout:
     """gather: [R, S] node of each slot (padding repeats node 0). scatter: [N] slot of each node.
     mask: [R, 1, S, S] bool, True where the row's slot attends to the column's."""
 
-    gather: torch.Tensor
-    scatter: torch.Tensor
-    mask: torch.Tensor
+    gather: Tensor
+    scatter: Tensor
+    mask: Tensor
 
 
 def tree_layout(lengths: np.ndarray, ends: np.ndarray, device: torch.device) -> TreeLayout:
@@ -102,17 +101,17 @@ def tree_layout(lengths: np.ndarray, ends: np.ndarray, device: torch.device) -> 
 
 def tree_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     tree: TreeLayout,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Transformers' attention interface: query, key, value [1, heads, N, dim] -> output [1, N, heads, dim]. Raises
     ValueError for what a plain softmax over the tree would compute wrongly: attention sinks, soft caps and sliding
     windows shorter than the longest tree."""

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from alignment.protocols import LossInputs, LossOutputs
 
-Correct = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Correct = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def sft_loss(inputs: LossInputs) -> LossOutputs:
@@ -40,8 +41,8 @@ def pointwise_loss(inputs: LossInputs, binary: bool) -> LossOutputs:
 
 
 def correction(
-    log_ratio: torch.Tensor, rows: torch.Tensor, *, low: float, high: float, sequence: bool, mask: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    log_ratio: Tensor, rows: Tensor, *, low: float, high: float, sequence: bool, mask: bool
+) -> tuple[Tensor, Tensor]:
     """Importance correction for what sampler and trainer differ by: a factor p_trainer / p_sampler of each token (of a
     completion's tokens together with `sequence`), constant for the gradient: [C], from its logarithm [C]; and whether
     it lay outside [low, high], where it is clamped (TIS; Yao et al. 2025), or 0 with `mask` (MIS; low > 0: IcePop)."""
@@ -79,6 +80,6 @@ def grpo_loss(
     return LossOutputs(loss=(inputs.weights * per_token).sum(), sums=sums)
 
 
-def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+def k3(log_ratio: Tensor) -> Tensor:
     """Schulman's k3 estimator exp(x) - x - 1 of KL(p || q), x = log q - log p on samples of p (DeepSeek-V2 eq. 33)."""
     return torch.expm1(log_ratio) - log_ratio

@@ -106,8 +106,9 @@ def trackers(
     TensorBoard: one run per stage in RUN/tensorboard/STAGE. W&B: one run per stage, in the group of the run folder's
     name; its id is kept in RUN/wandb/STAGE.id. `first_step` is the next step to be logged: TensorBoard drops what an
     earlier, killed process logged from there on, and W&B keeps the first of two values of a step, which are the same.
-    config: shown beside the curves (the resolved recipe).
+    config: what W&B shows beside the curves (the resolved recipe).
     """
+    check_trackers(kinds)
     started = [_start(kind, run_dir, stage, config, first_step) for kind in dict.fromkeys(kinds)]
 
     def log(step: int, metrics: Mapping[str, Any]) -> None:
@@ -131,11 +132,8 @@ def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, An
     folder = run_dir / kind
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "tensorboard":
-        fresh = not (folder / stage).exists()
         tracker = TensorBoardTracker(stage, folder, purge_step=first_step)
         tracker.start()
-        if fresh:
-            tracker.log({"recipe": "```\n" + json.dumps(config, indent=2, default=str) + "\n```"}, step=0)
         return tracker
     id_file, group = folder / f"{stage}.id", run_dir.resolve().name
     if not id_file.exists():

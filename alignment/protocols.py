@@ -92,9 +92,10 @@ class Policy(Protocol):
 class Engine(Protocol):
     """The hybrid engine: one policy, a training layout and a rollout layout."""
 
-    @property
-    def precision(self) -> str:
-        """The less precise of training and rollout: "float32" or "bfloat16"."""
+    precision: str
+    """The less precise of training and rollout: "float32" or "bfloat16"."""
+    sampler: Sampler
+    """The live engines with the newest weights (handed over if they are not in yet)."""
 
     def rollouts(
         self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: RewardPool
@@ -103,10 +104,6 @@ class Engine(Protocol):
 
     def phase(self, name: Phase) -> AbstractContextManager[Policy]:
         """Make resident what the phase needs, and time it."""
-
-    @property
-    def sampler(self) -> Sampler:
-        """The live engines with the newest weights (handed over if they are not in yet)."""
 
     def take_metrics(self) -> dict[str, Any]:
         """Phase times and engine metrics since the last call: `time/*` seconds, `handover/*`."""

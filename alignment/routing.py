@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.config import TrainConfig
@@ -33,9 +34,9 @@ class Load:
     """How a batch was routed. chosen: [L, E] tokens that chose each expert. sent: [L, D] tokens with an expert on each
     device. tokens: T. All float64, and they add up over micro-batches and ranks."""
 
-    chosen: torch.Tensor
-    sent: torch.Tensor
-    tokens: torch.Tensor
+    chosen: Tensor
+    sent: Tensor
+    tokens: Tensor
 
     def __add__(self, other: Self) -> Self:
         return Load(self.chosen + other.chosen, self.sent + other.sent, self.tokens + other.tokens)
@@ -78,9 +79,9 @@ class Routing:
         # vLLM's own record has an entry for every decoder layer, dense ones included.
         self._layers = [next(int(part) for part in name.split(".") if part.isdigit()) for name in named]
         self._decoder_layers = model.config.get_text_config().num_hidden_layers if named else 0
-        self._copies: torch.Tensor | None = None
-        self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._affinities: dict[int, torch.Tensor] = {}
+        self._copies: Tensor | None = None
+        self._counts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._affinities: dict[int, Tensor] = {}
         self._normalised: dict[int, bool] = {}
         for layer, router in enumerate(named.values()):
             router.requires_grad_(config.router == "train")
@@ -103,7 +104,7 @@ class Routing:
         if training and self.capacity is not None:
             self._exempt = torch.from_numpy(exempt_nodes(batch.token_ids, batch.lengths)).to(device)
 
-    def differing(self) -> torch.Tensor | None:
+    def differing(self) -> Tensor | None:
         """How many nodes were computed with other experts than the sampler's in any layer (unknown ones count); None
         where nothing was sampled."""
         return None if self._routes is None else self._differs.sum()
@@ -115,11 +116,11 @@ class Routing:
         chosen, sent = map(torch.stack, zip(*self._counts.values(), strict=True))
         return Load(chosen, sent, self._copies.sum())
 
-    def affinities(self) -> torch.Tensor:
+    def affinities(self) -> Tensor:
         """[L, E] float64 with gradient: affinities summed over the micro-batch's tokens (T P_i of eq. 25)."""
         return torch.stack(list(self._affinities.values()))
 
-    def _hook(self, layer: int, router: torch.nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
+    def _hook(self, layer: int, router: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> Any:
         if self._copies is None:
             return None
         logits, gates, ids = output
@@ -142,16 +143,14 @@ class Routing:
             self._affinities[layer] = self._copies @ (scores / scores.sum(-1, keepdim=True)).double()
         return logits, gates, ids
 
-    def _gates(
-        self, layer: int, router: torch.nn.Module, output: tuple[torch.Tensor, ...], ids: torch.Tensor
-    ) -> torch.Tensor:
+    def _gates(self, layer: int, router: torch.nn.Module, output: tuple[Tensor, ...], ids: Tensor) -> Tensor:
         """The gate weights [N, K] of other experts `ids`, as this router would compute them. Raises ValueError for a
         router that computes them in none of the known ways."""
         logits, gates, own = output
         scores = _scores(router, logits)
         scale = router.routed_scaling_factor if hasattr(router, "routed_scaling_factor") else 1.0
 
-        def weights(ids: torch.Tensor, normalised: bool) -> torch.Tensor:
+        def weights(ids: Tensor, normalised: bool) -> Tensor:
             chosen = scores.gather(-1, ids)
             return (chosen / chosen.sum(-1, keepdim=True) if normalised else chosen) * scale
 
@@ -166,14 +165,14 @@ class Routing:
         return weights(ids, self._normalised.get(layer, False)).to(gates.dtype)
 
 
-def _scores(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+def _scores(router: torch.nn.Module, logits: Tensor) -> Tensor:
     """Affinities [N, E] float32 (eq. 22); sigmoids in DeepSeek-V3, whose routers have a correction bias."""
     return logits.float().sigmoid() if hasattr(router, "e_score_correction_bias") else logits.float().softmax(-1)
 
 
 def balance_weights(
     load: Load, *, devices: int, limit: int, expert: float = 0.0, device: float = 0.0, communication: float = 0.0
-) -> torch.Tensor:
+) -> Tensor:
     """[L, E] float64: the losses are the sum of these times the mean affinities P_i of the same tokens.
 
     devices: D. limit: M, the most devices of a token. expert, device, communication: alpha_1, alpha_2, alpha_3.
@@ -185,9 +184,7 @@ def balance_weights(
     return expert * f + per_device.repeat_interleave(experts // devices, -1)
 
 
-def count(
-    ids_NK: torch.Tensor, copies_N: torch.Tensor, experts: int, devices: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def count(ids_NK: Tensor, copies_N: Tensor, experts: int, devices: int) -> tuple[Tensor, Tensor]:
     """One layer's chosen [E] and sent [D] of N nodes, each standing for `copies_N` tokens."""
     chosen = copies_N.new_zeros(experts).index_add_(0, ids_NK.reshape(-1), copies_N.repeat_interleave(ids_NK.shape[1]))
     there_ND = torch.zeros(len(ids_NK), devices, dtype=torch.bool, device=ids_NK.device)
@@ -195,9 +192,7 @@ def count(
     return chosen, copies_N @ there_ND.to(copies_N.dtype)
 
 
-def dropped(
-    scores_NE: torch.Tensor, ids_NK: torch.Tensor, exempt_N: torch.Tensor, capacity: float, devices: int
-) -> torch.Tensor:
+def dropped(scores_NE: Tensor, ids_NK: Tensor, exempt_N: Tensor, capacity: float, devices: int) -> Tensor:
     """[N, K] bool: the slots of a layer that are dropped, by affinities and experts of a forward's tokens. A slot is
     one of a token's K experts. A device with more than `capacity` times the mean of all drops those of the lowest
     affinity: they are routed and counted as before, and weigh nothing. Exempt tokens lose none."""

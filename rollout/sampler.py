@@ -78,9 +78,8 @@ class TokenScores:
 class Sampler(Protocol):
     """One engine or many replicas of it, with the newest weights."""
 
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a sequence, prompt and completion together."""
+    max_length: int
+    """Most tokens of a sequence, prompt and completion together."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Yield samples as they finish, in any order; every request yields exactly once."""

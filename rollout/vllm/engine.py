@@ -54,11 +54,11 @@ class VllmEngine:
                 f"rollout.max_length is {config.max_length}; the model in {model_dir} takes at most"
                 f" {text_config.max_position_embeddings} tokens (max_position_embeddings)"
             )
-        self._config = config
+        self.max_length = config.max_length
         options = faults.engine_options(config, installed())
         if config.world > 1 and installed().device == "cpu":
             faults.mend_parallel()
-        told = self._tells_routes(text_config, routes)
+        told = self._tells_routes(text_config, config.eager, routes)
         if installed().device == "cuda":
             options["enable_return_routed_experts"] = told and routes
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -94,23 +94,18 @@ class VllmEngine:
         # Of the weights inside: 0 for those of the model's directory, None when there are none to trust.
         self._version = None if dummy else 0
 
-    def _tells_routes(self, text_config: PreTrainedConfig, needed: bool) -> bool:
+    def _tells_routes(self, text_config: PreTrainedConfig, eager: bool, needed: bool) -> bool:
         """Whether this vLLM can say which experts it chose. Raises ValueError where it cannot and they are needed."""
         found, cannot = installed(), ""
         if routed_experts(text_config.to_dict()) < 2:
             cannot = "the model has no routed experts"
-        elif found.device == "cpu" and not self._config.eager:
+        elif found.device == "cpu" and not eager:
             cannot = "compiled layers do not tell them on the CPU (rollout.eager is false)"
         elif found.device == "cpu" and found.version < (0, 32):
             cannot = "vLLM's CPU build tells them from 0.32 on"
         if needed and cannot:
             raise ValueError(f"train.routing_replay needs the experts that vLLM chose: {cannot}")
         return not cannot
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a sequence, prompt and completion together."""
-        return self._config.max_length
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
         """Yield the samples that finished at each engine step; closing the iterator aborts the others. A completion is
