@@ -12,8 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from alignment.config import SFTConfig
-from alignment.grpo import grpo
-from alignment.held_out import HeldOut
+from alignment.grpo import HeldOut, grpo
 from alignment.metrics import atomic_directory, read
 from alignment.model import build_model, check_classifier, load_tokenizer, model_config, model_source, save_model_dir
 from alignment.protocols import Step

@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 import torch
 import xxhash
+from more_itertools import map_reduce
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes: a cache line, enough for every vector load, and a line of `device_digests`
@@ -91,12 +92,9 @@ def piece_view(buffer: np.ndarray | Tensor, piece: Piece) -> Tensor:
 def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of which the parcels hold a piece, joined from all its pieces; one of a single piece is not copied.
     Raises HandoverError with the name of the check that failed: duplicate, digest, shards."""
-    pieces: dict[str, list[tuple[Piece, Parcel]]] = {}
+    every = ((piece, parcel) for parcel in parcels for piece in parcel.manifest.pieces)
     arrived = {id(p): device_digests(p.buffer, p.manifest.pieces) for p in parcels if isinstance(p.buffer, Tensor)}
-    for parcel in parcels:
-        for piece in parcel.manifest.pieces:
-            pieces.setdefault(piece.name, []).append((piece, parcel))
-    for name, found in pieces.items():
+    for name, found in map_reduce(every, lambda pair: pair[0].name).items():
         if len({piece.start for piece, _ in found}) < len(found):
             raise HandoverError(f"duplicate: a piece of tensor {name} arrived twice")
         for piece, parcel in found:

@@ -104,20 +104,19 @@ def test_k3_is_zero_only_at_zero_and_never_negative() -> None:
 
 def test_advantages_by_hand() -> None:
     rewards = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 2.0, 3.0, 6.0]])
-    found = group_advantages(rewards, scale=True)
+    found = group_advantages(rewards)
     std0 = math.sqrt(4 * 0.25 / 3)
     assert found[0].tolist() == pytest.approx([v / (std0 + 1e-4) for v in (0.5, -0.5, -0.5, 0.5)])
     std1 = math.sqrt((4 + 1 + 0 + 9) / 3)
     assert found[1].tolist() == pytest.approx([v / (std1 + 1e-4) for v in (-2, -1, 0, 3)])
-    assert group_advantages(rewards, scale=False)[1].tolist() == pytest.approx([-2, -1, 0, 3])
 
 
 def test_equal_rewards_give_exactly_no_advantage() -> None:
-    assert not group_advantages(np.full((1, 8), 0.1), scale=True).any()
+    assert not group_advantages(np.full((1, 8), 0.1)).any()
 
 
 def test_masked_completions_leave_their_group() -> None:
-    found = group_advantages(np.array([[np.nan, 1.0, 3.0], [np.nan, np.nan, 5.0]]), scale=True)
+    found = group_advantages(np.array([[np.nan, 1.0, 3.0], [np.nan, np.nan, 5.0]]))
     std = math.sqrt(2.0)
     assert found[0].tolist() == pytest.approx([0.0, -1 / (std + 1e-4), 1 / (std + 1e-4)])
     assert not found[1].any()
