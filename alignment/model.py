@@ -10,6 +10,7 @@ import transformers
 import yaml
 from more_itertools import always_iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
@@ -123,7 +124,7 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def make_reward_model(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
+def make_reward_model(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     """Give a causal LM one score in place of its next-token logits, on the device that it is on (`meta` included).
     Returns the new weight [1, H] by its name, with spread 1 / sqrt(H + 1) (Stiennon et al. 2020, appendix C). The
     configuration must say `tie_word_embeddings=False` from the start."""
@@ -134,8 +135,8 @@ def make_reward_model(model: PreTrainedModel, seed: int) -> dict[str, torch.Tens
 
 
 def as_classifier(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, torch.Tensor]
-) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Tensor]
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The empty `AutoModelForSequenceClassification`, and its tensors, that a reward model is saved as."""
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
@@ -165,10 +166,7 @@ def _head(model: PreTrainedModel) -> str:
 
 
 def save_model_dir(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    out_dir: Path,
-    state: Mapping[str, torch.Tensor] | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` and `vllm.LLM` load as it is.
 

@@ -18,17 +18,12 @@ from rollout.types import Group, Prompt
 
 
 def sample(
-    engine: Engine,
-    prompts: Stream[Prompt],
-    sampling: Sampling,
-    scorer: RewardPool,
-    normalize: RewardNormalizer,
-    first: int,
+    engine: Engine, prompts: Stream[Prompt], sampling: Sampling, scorer: RewardPool, scale: RewardNormalizer, first: int
 ) -> Iterator[Step]:
     """Every prompt once, a batch a `next()`, from batch `first` (from 1) on; the weights stay as they are."""
     size, total = prompts.batch_size, len(prompts.items)
     batches = ((step, next(prompts)[: total - (step - 1) * size]) for step in range(first, -(-total // size) + 1))
-    for step, groups in enumerate(map(normalize, engine.rollouts(batches, sampling, scorer)), first):
+    for step, groups in enumerate(map(scale, engine.rollouts(batches, sampling, scorer)), first):
         yield Step(step, rollout_metrics(groups), groups)
 
 

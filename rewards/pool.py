@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from multiprocessing import Pipe
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,18 +62,14 @@ class RewardPool(AbstractContextManager["RewardPool"]):
     """
 
     def __init__(
-        self,
-        configs: Sequence[RewardConfig],
-        base_dir: Path,
-        max_steps: int = 0,
-        models: Mapping[str, RewardSource] = MappingProxyType({}),
+        self, configs: Sequence[RewardConfig], base_dir: Path, steps: int = 0, models: Mapping[str, RewardSource] = {}
     ) -> None:
         """Start a process per reward function; returns before they are ready. The calling thread must outlive the pool.
 
-        max_steps: of the stage, for `trainer_state`. models: what answers for the other rewards, by label; the pool
+        steps: of the stage, for `trainer_state`. models: what answers for the other rewards, by label; the pool
         closes them. A function that cannot be loaded makes the futures raise.
         """
-        self._max_steps = max_steps
+        self._steps = steps
         self._workers = [models.get(config.label) or WorkerProcess(config, base_dir) for config in configs]
         self._sum = ThreadPoolExecutor(1)
 
@@ -91,7 +86,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         columns["prompts"] = [group.prompt.text for group, _ in rows]
         columns["completions"] = [group.answer(completion) for group, completion in rows]
         columns["completion_ids"] = [completion.token_ids.tolist() for _, completion in rows]
-        batch = Batch(columns, {"max_steps": self._max_steps, **trainer_state})
+        batch = Batch(columns, {"max_steps": self._steps, **trainer_state})
         replies = [worker.thread.submit(_score, worker, groups, batch) for worker in self._workers]
         return self._sum.submit(_combine, groups, [worker.config for worker in self._workers], replies)
 

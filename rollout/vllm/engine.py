@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -37,13 +38,7 @@ class VllmEngine:
     """
 
     def __init__(
-        self,
-        model_dir: str | os.PathLike[str],
-        config: RolloutConfig,
-        *,
-        seed: int = 0,
-        dummy: bool = False,
-        routes: bool = False,
+        self, model_dir: Path, config: RolloutConfig, *, seed: int = 0, dummy: bool = False, routes: bool = False
     ) -> None:
         needed = environment(config, int(os.environ.get("RANK", "0")))
         if unset := {name for name, value in needed.items() if os.environ.get(name) != value}:
@@ -64,7 +59,7 @@ class VllmEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
-                model=os.fspath(model_dir),
+                model=str(model_dir),
                 dtype=config.dtype,
                 seed=seed,
                 load_format="dummy" if dummy else "auto",
