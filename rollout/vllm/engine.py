@@ -104,11 +104,18 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
         """Yield the samples that finished at each engine step; closing the iterator aborts the others. A completion is
-        cut where prompt and completion fill `max_length`. Raises ValueError for a prompt that leaves no room,
-        RuntimeError while an earlier iterator is still open."""
-        self._check_weights()
+        cut where prompt and completion fill `max_length`. Raises, at its first step, ValueError for a prompt that leaves
+        no room, RuntimeError while an earlier iterator is still open."""
         params = [self._sampling_params(index, request) for index, request in enumerate(requests)]
-        return self._samples(requests, params)
+        version, record = self._version, any(request.routes for request in requests)
+        for finished in self._run([request.prompt for request in requests], params, record=record):
+            token_ids = [output.outputs[0].token_ids for _, output in finished]
+            texts = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+            samples = []
+            for (index, output), text in zip(finished, texts, strict=True):
+                text = faults.cut_at_stop(index, output, text, requests[index].stop)
+                samples.append(Sample(index, text, self._trajectory(index, output, version, record)))
+            yield samples
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
         """Log-probabilities at temperature 1 of given token sequences, in their order. Raises ValueError for an empty
@@ -119,7 +126,6 @@ class VllmEngine:
                     f"sequence {index} has {len(sequence)} tokens; it must have at least one, and at most"
                     f" {self.max_length} (rollout.max_length)"
                 )
-        self._check_weights()
         params = SamplingParams(prompt_logprobs=0, **ONE_GREEDY_TOKEN)
         scores: list[TokenScores | None] = [None] * len(sequences)
         for index, output in chain.from_iterable(self._run(sequences, [params] * len(sequences))):
@@ -131,7 +137,6 @@ class VllmEngine:
     def canary(self, prompts: Sequence[np.ndarray], top: int) -> list[dict[int, float]]:
         """For each prompt, token id -> log-probability at temperature 1 of its `top` likeliest next tokens. One greedy
         step over the batch, and it reads the prefix cache, so that stale prefixes show too."""
-        self._check_weights()
         params = SamplingParams(logprobs=top, **ONE_GREEDY_TOKEN)
         tops: list[dict[int, float]] = [{} for _ in prompts]
         for index, output in chain.from_iterable(self._run(prompts, [params] * len(prompts))):
@@ -159,24 +164,6 @@ class VllmEngine:
             self._recorder.forget()
         self._version = self._arriving
 
-    def _check_weights(self) -> None:
-        if self._version is None:
-            raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
-
-    def _samples(self, requests: Sequence[Request], params: list[SamplingParams]) -> Iterator[list[Sample]]:
-        version = self._version
-        assert version is not None, "update_weights failed between generate() and its first sample"
-        record = any(request.routes for request in requests)
-        for finished in self._run([request.prompt for request in requests], params, record=record):
-            token_ids = [output.outputs[0].token_ids for _, output in finished]
-            samples = []
-            for (index, output), text in zip(
-                finished, self._tokenizer.decode(token_ids, skip_special_tokens=True), strict=True
-            ):
-                text = faults.cut_at_stop(index, output, text, requests[index].stop)
-                samples.append(Sample(index, text, self._trajectory(index, output, version, record)))
-            yield samples
-
     def _run(
         self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams], *, record: bool = False
     ) -> Iterator[list[tuple[int, RequestOutput]]]:
@@ -184,6 +171,8 @@ class VllmEngine:
 
         record: the experts of these requests' tokens will be asked for.
         """
+        if self._version is None:
+            raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
         if self._llm.has_unfinished_requests():
             raise RuntimeError("this engine is still generating: exhaust or close the earlier iterator first")
         if self._recorder is not None and record:
