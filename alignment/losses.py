@@ -69,7 +69,6 @@ def grpo_loss(
     per_token = -torch.minimum(unclipped, clipped)
     sums = {"clip_fraction": (inputs.weights * (clipped < unclipped)).sum().detach()}
     if correct is not None:
-        assert inputs.sampler_logprobs is not None and inputs.rows is not None
         factors, outside = correct(inputs.old_logprobs - inputs.sampler_logprobs, inputs.rows)
         per_token = per_token * factors
         sums["mismatch/corrected"] = (inputs.weights * outside).sum()

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import xxhash
 from scipy.stats import spearmanr
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +16,7 @@ from alignment.config import RewardModelConfig
 from alignment.losses import pairwise_loss, pointwise_loss
 from alignment.protocols import Engine, Step, TrainRow
 from alignment.sft import supervised_step
-from rollout.prompts import Stream, encode_strings, encode_text, fingerprint, is_chat, is_held_out
+from rollout.prompts import Stream, encode_strings, encode_text, is_chat, is_held_out
 from rollout.types import Handle, Text, Trajectory
 
 BINS = 10
@@ -157,12 +156,6 @@ def make_judged_rows(
     if not kept or not held:
         raise ValueError(f"{source}: needs rows to train on and held-out rows (`held_out`), found {counts}")
     return kept, held, counts
-
-
-def judged_fingerprint(rows: Sequence[Judged], seed: int) -> str:
-    """As `fingerprint`, of all sides and targets."""
-    targets = xxhash.xxh3_64_intdigest(repr([row.targets for row in rows]).encode())
-    return fingerprint([side for row in rows for side in row.trajectories], seed ^ targets)
 
 
 def _scored(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Trajectory:

@@ -16,7 +16,7 @@ from alignment.grpo import HeldOut, grpo
 from alignment.metrics import atomic_directory, read
 from alignment.model import build_model, check_classifier, load_tokenizer, model_config, model_source, save_model_dir
 from alignment.protocols import Step
-from alignment.reward_model import judged_fingerprint, make_judged_rows, reward_model
+from alignment.reward_model import make_judged_rows, reward_model
 from alignment.sample import sample
 from alignment.sft import make_sft_rows, sft
 from hybrid_engine.checkpoint import latest_checkpoint
@@ -96,11 +96,9 @@ def build_steps(run: Run, stage: Stage, folder: StageFolder, stack: ExitStack) -
         return _rollout_steps(run, stage, rows, folder, stack)
     if isinstance(config, SFTConfig):
         items, counts = make_sft_rows(rows, run.tokenizer, config, stage.source)
-        stream = Stream(items, config.batch_size, _seed(run, stage))
     else:
         items, held_out, counts = make_judged_rows(rows, run.tokenizer, config, stage.source)
-        seed = _seed(run, stage)
-        stream = Stream(items, config.batch_size, seed, judged_fingerprint(items, seed))
+    stream = Stream(items, config.batch_size, _seed(run, stage))
     run.console.print(f"{stage.name}: {', '.join(f'{value:,} {name}' for name, value in counts.items())}")
     total, first = config.total_steps(len(items)), _resume(run, folder, stream)
     if isinstance(config, SFTConfig):

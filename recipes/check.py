@@ -25,7 +25,7 @@ from recipes.plan import plan
 from recipes.schema import LoadedRecipe, Recipe, Stage
 from recipes.source import Key
 from recipes.versions import check_versions
-from rewards.loader import check_reward
+from rewards.config import check_reward
 from rollout.data import FILE_SUFFIXES, row_texts
 
 if TYPE_CHECKING:

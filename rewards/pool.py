@@ -22,8 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rewards.config import RewardConfig
-from rewards.loader import NOT_COLUMNS
+from rewards.config import NOT_COLUMNS, RewardConfig
 from rewards.worker import Batch, Reply
 from rollout.types import Group, Scores
 

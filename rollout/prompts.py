@@ -1,6 +1,6 @@
 """Prompts from rows, and a resumable, fingerprinted stream of them."""
 
-import json
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from rollout.types import Prompt, Text, Trajectory
+from rollout.types import Prompt, Text
 
 
 def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Prompt]:
@@ -94,11 +94,13 @@ class Stream(Iterator[list[T]], Generic[T]):
     depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so every item comes
     exactly once an epoch and none is left out (a batch may then hold an item twice)."""
 
-    def __init__(self, items: Sequence[T], batch_size: int, seed: int, digest: str | None = None) -> None:
-        """digest: of items and seed, where `fingerprint` cannot make it."""
+    def __init__(self, items: Sequence[T], batch_size: int, seed: int) -> None:
         assert items, "a stream needs at least one item"
         self.items, self.batch_size = items, batch_size
-        self.fingerprint = digest or fingerprint(items, seed)
+        hasher = xxhash.xxh3_128(repr(seed).encode())
+        for item in items:
+            hasher.update(pickle.dumps(item))
+        self.fingerprint = hasher.hexdigest()
         self._given = 0
         self._order = lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(items)))
 
@@ -120,15 +122,3 @@ class Stream(Iterator[list[T]], Generic[T]):
                 f"{self.fingerprint} now): restore them, or start the stage anew"
             )
         self._given = state["epoch"] * len(self.items) + state["position"]
-
-
-def fingerprint(items: Sequence[Prompt] | Sequence[Trajectory], seed: int) -> str:
-    """Digest of the seed and of all that a stage takes from every item, in order (xxh3, 128 bit)."""
-    hasher = xxhash.xxh3_128(repr((seed, [len(item.token_ids) for item in items])).encode())
-    for item in items:
-        hasher.update(np.ascontiguousarray(item.token_ids, np.int32))
-        if isinstance(item, Trajectory):
-            hasher.update(np.packbits(item.loss_mask))
-        else:
-            hasher.update(json.dumps(item.columns, sort_keys=True, default=lambda value: type(value).__name__).encode())
-    return hasher.hexdigest()

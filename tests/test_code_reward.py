@@ -23,8 +23,7 @@ from alignment.config import EvalConfig
 from alignment.evals import check_tasks
 from rewards import code
 from rewards.code import PYTHON, passes_tests
-from rewards.config import RewardConfig
-from rewards.loader import check_reward
+from rewards.config import RewardConfig, check_reward
 
 TESTS = "assert answer() == 4321 and answer() != 1234"
 ROOT = Path(__file__).resolve().parent.parent

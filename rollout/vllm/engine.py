@@ -104,8 +104,8 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
         """Yield the samples that finished at each engine step; closing the iterator aborts the others. A completion is
-        cut where prompt and completion fill `max_length`. Raises, at its first step, ValueError for a prompt that leaves
-        no room, RuntimeError while an earlier iterator is still open."""
+        cut where prompt and completion fill `max_length`. Raises, at its first step, ValueError for a prompt without
+        room, RuntimeError while an earlier iterator is still open."""
         params = [self._sampling_params(index, request) for index, request in enumerate(requests)]
         version, record = self._version, any(request.routes for request in requests)
         for finished in self._run([request.prompt for request in requests], params, record=record):
