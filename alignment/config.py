@@ -80,8 +80,8 @@ Moment = Annotated[float, Field(ge=0, lt=1)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
-class OptimizerConfig(Config):
-    """AdamW and its schedule; every policy stage has these keys."""
+class StageConfig(Config):
+    """What every stage has: AdamW and its schedule, and what goes before, beside and after its steps."""
 
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
@@ -97,6 +97,16 @@ class OptimizerConfig(Config):
     """AdamW's moment coefficients."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
+    name: str = Field("", pattern=r"^[A-Za-z0-9_\-]*$")
+    """Name of the stage; its kind (`sft`, `reward_model`, ...) by default."""
+    from_: str | None = Field(None, alias="from")
+    """Stage whose final weights this one starts from (default: the last policy stage, else the model)."""
+    capacity: float | None = Field(None, gt=0)
+    """Drop tokens above this share of a device's mean load in training (paper: 1.0); needs `train.balance.devices`."""
+    keep: Literal["stop", "rollback", "warn"] = "stop"
+    """A broken limit of `evals.keep`: end the run with exit code 3, go back to what keeps it, or only say so."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints from which the run can resume; the newest is kept until the stage has ended."""
 
     def check_schedule(self, steps: int) -> None:
         """Raise ValueError when warm-up and decay do not fit into `steps` optimiser steps."""
@@ -122,21 +132,6 @@ class OptimizerConfig(Config):
         if self.decay_steps is not None and self.schedule == "constant":
             raise ValueError("`decay_steps` needs `schedule: linear` or `cosine`: a constant rate does not decay")
         return self
-
-
-class StageConfig(OptimizerConfig):
-    """What every stage has."""
-
-    name: str = Field("", pattern=r"^[A-Za-z0-9_\-]*$")
-    """Name of the stage; its kind (`sft`, `reward_model`, ...) by default."""
-    from_: str | None = Field(None, alias="from")
-    """Stage whose final weights this one starts from (default: the last policy stage, else the model)."""
-    capacity: float | None = Field(None, gt=0)
-    """Drop tokens above this share of a device's mean load in training (paper: 1.0); needs `train.balance.devices`."""
-    keep: Literal["stop", "rollback", "warn"] = "stop"
-    """A broken limit of `evals.keep`: end the run with exit code 3, go back to what keeps it, or only say so."""
-    checkpoint_every: int = Field(50, ge=1)
-    """Steps between checkpoints from which the run can resume; the newest is kept until the stage has ended."""
 
 
 class DatasetStageConfig(StageConfig):

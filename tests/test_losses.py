@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alignment.batch import group_advantages
-from alignment.config import OptimizerConfig
+from alignment.config import StageConfig
 from alignment.losses import correction, grpo_loss, k3, sft_loss
 from alignment.protocols import LossInputs
 
@@ -123,9 +123,9 @@ def test_masked_completions_leave_their_group() -> None:
 
 
 def test_schedules_by_hand() -> None:
-    linear = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=2, decay_steps=4)
+    linear = StageConfig(learning_rate=1.0, schedule="linear", warmup_steps=2, decay_steps=4)
     assert [linear.rate(step, 10) for step in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-    cosine = OptimizerConfig(learning_rate=2.0, schedule="cosine")
+    cosine = StageConfig(learning_rate=2.0, schedule="cosine")
     assert cosine.rate(0, 4) == pytest.approx(2.0)
     assert cosine.rate(2, 4) == pytest.approx(1.0)
-    assert OptimizerConfig(learning_rate=3.0).rate(99, 100) == 3.0
+    assert StageConfig(learning_rate=3.0).rate(99, 100) == 3.0
