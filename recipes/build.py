@@ -139,7 +139,7 @@ def _rollout_steps(run: Run, stage: Stage, rows: list[dict[str, Any]], folder: S
         if share
         else None
     )
-    return Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": normalize.state()}, measure)
+    return Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": dict(normalize.running)}, measure)
 
 
 def _seed(run: Run, stage: Stage) -> int:
@@ -168,6 +168,6 @@ def _resume(run: Run, folder: StageFolder, stream: Stream[Any], normalize: Rewar
     extra = run.engine.load_checkpoint(checkpoint)
     stream.restore(extra["stream"])
     if normalize is not None:
-        normalize.restore(extra["rewards"])
+        normalize.running = extra["rewards"]
     run.console.print(f"continuing after step {extra['step']} ({checkpoint.name})")
     return extra["step"]

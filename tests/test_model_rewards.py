@@ -142,7 +142,7 @@ def test_running_normalisation_by_hand():
     normalize = RewardNormalizer(configs, {})
     first = normalize([scored(0, ["a", "b"], m=[1.0, 3.0], f=[0.5, 0.5])])
     np.testing.assert_allclose(first[0].scores.total, [1.0 + 0.5 + 2 * (-1.0 - 1.0), 3.0 + 0.5 + 2 * (1.0 - 3.0)])
-    kept = json.loads(json.dumps(normalize.state()))
+    kept = json.loads(json.dumps(normalize.running))
     batch = [scored(0, ["a", "b"], m=[5.0, math.nan], f=[0.0, 0.0]), scored(1, ["a", "b"], m=[7.0, 4.0], f=[0.0, 0.0])]
     second = normalize(batch)
     seen = np.array([1.0, 3.0, 5.0, 7.0, 4.0])
@@ -150,7 +150,7 @@ def test_running_normalisation_by_hand():
     assert second[1].scores.total[0] == pytest.approx(expected)
     assert np.isnan(second[0].scores.total[1]) and second[1].scores.parts["m"][0] == 7.0
     again = RewardNormalizer(configs, {})
-    again.restore(kept)
+    again.running = kept
     np.testing.assert_array_equal(again(batch)[1].scores.total, second[1].scores.total)
 
 
