@@ -50,7 +50,8 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
     minibatches = grpo_minibatches(groups, config)
     if not any(minibatches):  # no group has signal: a counted step without an update
         return rollout_metrics(groups, config.truncated) | _merge_updates([])
-    clip, correct = config.clip if isinstance(config.clip, tuple) else (config.clip, config.clip), None
+    clip = config.clip if isinstance(config.clip, tuple) else (config.clip, config.clip)
+    correct = None
     for kind, (low, high) in config.correction.items():  # one at most
         correct = partial(correction, low=low, high=high, sequence=kind.startswith("sequence"), mask="mask" in kind)
     loss = partial(grpo_loss, clip=clip, kl=config.kl, correct=correct)
