@@ -27,8 +27,7 @@ def group_advantages(rewards_PG: np.ndarray) -> np.ndarray:
 
     std is the sample standard deviation (divided by G - 1, as in TRL; the paper does not say which).
     NaN rewards have left their group: they enter neither mean nor std and their advantage is 0. A group with fewer than
-    two rewards left has no advantage: all 0.
-    """
+    two rewards left has no advantage: all 0."""
     present_PG = np.ma.array(rewards_PG, mask=np.isnan(rewards_PG))
     centred_PG = (present_PG - present_PG.mean(axis=1, keepdims=True)).filled(0.0)
     # Equal rewards such as 0.1 leave rounding errors around the mean, which a division by the tiny std would blow up.
@@ -45,8 +44,7 @@ def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[T
     "sequence": 1 / (the completion's tokens x completions of the update), DeepSeekMath eq. 3, TRL's grpo.
     Completions whose advantage is 0 are left out where nothing else trains on them (kl = 0), but they stay in the
     denominators. A NaN reward takes a completion out of both; truncated="mask" takes its tokens out of both, and
-    leaves it a completion of the update, as TRL does.
-    """
+    leaves it a completion of the update, as TRL does."""
     rewards = rewards_PG(groups, config.truncated)
     advantages = group_advantages(rewards)
     kept = ~np.isnan(rewards)

@@ -22,8 +22,7 @@ class SamplerLM(LM):
 
     sampler: None where only `tokens` are wanted. seed: with its place in the batch it seeds each request. Every method
     answers in the order of its requests, and raises `ValueError`, before anything is sampled, for a request that does
-    not fit the context.
-    """
+    not fit the context."""
 
     def __init__(self, sampler: Sampler | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         super().__init__()

@@ -48,8 +48,7 @@ class TaskInfo:
     """What one task will ask. n: items. max_new_tokens: of an item, 0 where only log-likelihoods are asked.
 
     longest_prompt: tokens of the longest prompt (log-likelihoods: with its continuation). texts: question and reference
-    answer of each item, without few-shot examples.
-    """
+    answer of each item, without few-shot examples."""
 
     name: str
     n: int
@@ -111,8 +110,7 @@ def run_evals(
     folder. Items, prompts, few-shot examples and seeds are the same each time; the global random states stay as they
     were. A result holds the task's primary metric (`PRIMARY`), after the task's first filter. A sample is lm-eval's own
     (as `lm_eval --log_samples` writes it, one per item and filter), and the name of its `task`.
-    Raises `ValueError` as `check_tasks` does, and for a task none of whose metrics is a number per item.
-    """
+    Raises `ValueError` as `check_tasks` does, and for a task none of whose metrics is a number per item."""
     with _tasks(config, tokenizer, base_dir, data_dir, seed) as tasks:
         samples = evaluate(
             SamplerLM(sampler, tokenizer, seed),

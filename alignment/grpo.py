@@ -147,8 +147,7 @@ class HeldOut:
 
     path: where each prompt's mean is kept, by step. Rewards that are normalised by a running mean are put on the scale
     that they have before the first step: every measurement of a stage then has the same one. fixed: the other scales.
-    truncated: as in the stage.
-    """
+    truncated: as in the stage."""
 
     engine: Engine
     prompts: Sequence[Prompt]

@@ -61,8 +61,7 @@ def grpo_loss(
 
     -sum_c w_c [ f_c min(r_c A_c, clip(r_c, 1 - clip[0], 1 + clip[1]) A_c) - kl * KL_c ], with r = p / p_old and
     KL the k3 estimator of eq. 33: p_ref / p - log(p_ref / p) - 1; f the factors of `correct` (`correction`, bound), or
-    1. Where old_logprobs is logprobs detached, r is 1 and its gradient is that of log p.
-    """
+    1. Where old_logprobs is logprobs detached, r is 1 and its gradient is that of log p."""
     ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
     unclipped = ratio * inputs.advantages
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1]) * inputs.advantages

@@ -106,8 +106,7 @@ def trackers(
     TensorBoard: one run per stage in RUN/tensorboard/STAGE. W&B: one run per stage, in the group of the run folder's
     name; its id is kept in RUN/wandb/STAGE.id. `first_step` is the next step to be logged: TensorBoard drops what an
     earlier, killed process logged from there on, and W&B keeps the first of two values of a step, which are the same.
-    config: what W&B shows beside the curves (the resolved recipe).
-    """
+    config: what W&B shows beside the curves (the resolved recipe)."""
     check_trackers(kinds)
     started = [_start(kind, run_dir, stage, config, first_step) for kind in dict.fromkeys(kinds)]
 

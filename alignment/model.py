@@ -172,8 +172,7 @@ def save_model_dir(
 
     state: full tensors under the names of `model.state_dict()`, where `model` itself is sharded or empty; default: the
     model's own. On disk every expert has its own tensors, as in DeepSeek's checkpoints. The directory appears whole or
-    not at all.
-    """
+    not at all."""
     if model.can_generate():  # not a reward model
         ends = list(always_iterable(model.generation_config.eos_token_id))
         if tokenizer.eos_token_id not in ends:

@@ -25,8 +25,7 @@ class UpdateStats:
 
     sums: what adds up over tokens and ranks. mismatch: float32 of tokens, trainer's old log-probability minus the
     sampler's (none where nothing was sampled; NaN where the sampler gave none, which no limit lets pass). load: how
-    the tokens were routed; None if dense.
-    """
+    the tokens were routed; None if dense."""
 
     sums: Counter[str] = field(default_factory=Counter)
     mismatch: list[np.ndarray] = field(default_factory=list)
@@ -41,8 +40,7 @@ class RankPolicy:
     clip_grad_norm: clips all gradients of the policy to a norm and returns the norm before.
     last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
     after_forward: called after a forward pass without a backward pass.
-    outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C].
-    """
+    outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C]."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -179,8 +177,7 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     `tokens/computed`; `tokens/dropped` of a stage with `capacity`: loss-carrying tokens computed without some of their
     experts. Where the rows were sampled: `mismatch/k3` (KL from sampler to trainer, mean over tokens),
     `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|), `mismatch/experts` (share of the computed
-    tokens whose experts differ from the sampler's). Of a MoE: `experts/*` as `Load.metrics` says.
-    """
+    tokens whose experts differ from the sampler's). Of a MoE: `experts/*` as `Load.metrics` says."""
     names = sorted({name for rank in ranks for name in rank.sums})
     metrics = {name: sum(rank.sums[name] for rank in ranks) for name in names}
     metrics["entropy"] /= max(1, metrics["tokens/loss"])

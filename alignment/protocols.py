@@ -32,8 +32,7 @@ class TrainRow:
     length: tokens of the sequence, for balancing.
     advantage: A_i (eq. 34); 1.0 in SFT; of a reward model the target, as `Judged.targets`.
     weight: factor of each of its tokens in the loss; all normalisation is in here, once (the loss is a plain sum).
-    old_logprobs, reference_logprobs: float32 [tokens], or None (on-policy; no KL).
-    """
+    old_logprobs, reference_logprobs: float32 [tokens], or None (on-policy; no KL)."""
 
     trajectory: Handle | Trajectory
     group: int
@@ -51,8 +50,7 @@ class LossInputs:
     logprobs: log p of each token under the weights in training (carries the gradient); of a reward model its score.
     old_logprobs: under the weights that sampled them, by the trainer's forward (logprobs detached when on-policy).
     reference_logprobs: under the reference, or None. advantages, weights: of the token's row.
-    sampler_logprobs: as the sampler reported them (NaN where nothing was sampled). rows: int64, the token's row.
-    """
+    sampler_logprobs: as the sampler reported them (NaN where nothing was sampled). rows: int64, the token's row."""
 
     logprobs: torch.Tensor
     old_logprobs: torch.Tensor

@@ -59,8 +59,7 @@ def held_out_metrics(engine: Engine, rows: Sequence[Judged], binary: bool = Fals
     `accuracy`: pairs whose chosen side scores higher, or labels on the score's side of 0; `margin`: of a pair's scores,
     mean; `calibration_error`: of the probability that the score gives (expected, over 10 bins); `score`, `score_std`:
     mean and spread; `length_correlation`: rank correlation (Spearman) of score and length, of pairs between their
-    differences; `longer_chosen`: share of the pairs of unequal length in which the longer side was chosen.
-    """
+    differences; `longer_chosen`: share of the pairs of unequal length in which the longer side was chosen."""
     with engine.phase("train") as policy:
         scores = np.asarray(policy.scores(_train_rows(rows)), np.float64)
     lengths = np.array([len(side.token_ids) for row in rows for side in row.trajectories], float)
@@ -130,8 +129,7 @@ def make_judged_rows(
 
     Counts: `rows`, `kept`, `held out`, `too long` (for `max_length`), `unfit`. Raises ValueError naming `source` and
     the row: for an unfit row (an empty answer, two equal sides, a label out of its range) unless `on_error: drop`, and
-    where nothing is left.
-    """
+    where nothing is left."""
     judge = _pair if config.loss == "pairwise" else _point
     kept, held, counts = [], [], {"rows": len(rows), "kept": 0, "held out": 0, "too long": 0, "unfit": 0}
     for index, row in enumerate(rows):

@@ -175,8 +175,7 @@ def balance_weights(
 ) -> Tensor:
     """[L, E] float64: the losses are the sum of these times the mean affinities P_i of the same tokens.
 
-    devices: D. limit: M, the most devices of a token. expert, device, communication: alpha_1, alpha_2, alpha_3.
-    """
+    devices: D. limit: M, the most devices of a token. expert, device, communication: alpha_1, alpha_2, alpha_3."""
     layers, experts = load.chosen.shape
     f = load.chosen * experts / load.chosen.sum(-1, keepdim=True)  # eq. 24; the sum is K_r T
     per_device = device * f.view(layers, devices, -1).mean(-1)  # eq. 27

@@ -48,8 +48,7 @@ def write_data(rows_file: Path, out_dir: Path) -> dict[str, int]:
 
     rows.jsonl: `prompt`, `completion`, `score`. pairs.jsonl: `prompt`, `chosen`, `rejected` and their scores: the best
     and the worst completion of each prompt where their scores differ. best.jsonl: `prompt`, `completion`, `score` of
-    the best one. Of equal ones the first.
-    """
+    the best one. Of equal ones the first."""
     groups = [list(group) for _, group in groupby(read(rows_file), key=itemgetter("step", "prompt_index"))]
     best, worst = ([f(group, key=itemgetter("score")) for group in groups] for f in (max, min))
     pairs = [

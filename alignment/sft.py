@@ -53,8 +53,7 @@ def make_sft_rows(
     token but the first, which nothing predicts.
 
     Counts: `rows`, `kept`, `cut` (longer than `max_length`), `dropped` (no token with loss left), `tokens`,
-    `loss_tokens`. Raises `ValueError` naming `source` and the row.
-    """
+    `loss_tokens`. Raises `ValueError` naming `source` and the row."""
     texts = [_prompt_and_whole(row, f"{source}, row {index}", tokenizer.eos_token) for index, row in enumerate(rows)]
     strings = encode_strings(chain.from_iterable(texts), tokenizer)
     trajectories, cut = [], 0

@@ -48,8 +48,7 @@ class TaxRow:
 
     The intervals of a table's `together` lines hold all at once, with a confidence of 95%. gained: items that got
     better (wrong -> right; other values: a better value); lost: that got worse. low and high are NaN where one item
-    alone gives no interval. group: whether the line is the mean of several benchmarks, with the sums of their items.
-    """
+    alone gives no interval. group: whether the line is the mean of several benchmarks, with the sums of their items."""
 
     benchmark: str
     before: float
@@ -116,8 +115,7 @@ def compare(
     with 95%: each has the confidence 1 - 0.05 / m (Bonferroni), so that a change without effect raises an alarm in any
     of the rows once in 20 times at most.
     Raises ValueError when the two do not hold the same benchmarks and items, naming the first mismatch, and for a group
-    whose benchmarks are not there or not all better in the same direction.
-    """
+    whose benchmarks are not there or not all better in the same direction."""
     if [r.name for r in before] != [r.name for r in after]:
         raise ValueError(
             f"the evals are of different benchmarks: {[r.name for r in before]} before, {[r.name for r in after]} "

@@ -23,8 +23,7 @@ from rollout.types import Trajectory
 class Branch:
     """One sequence of a tree, whose first `shared` nodes are those of the sequence before it.
 
-    row: what its tokens are labelled with in `MicroBatch.rows`.
-    """
+    row: what its tokens are labelled with in `MicroBatch.rows`."""
 
     trajectory: Trajectory
     row: int
@@ -49,8 +48,7 @@ class MicroBatch:
     sources, targets: [M] each distinct edge once: `targets[m]` is predicted from node `sources[m]`.
     edges: [C] index into M of every loss-carrying token.
     rows: [C] the token's row; tokens of a row are in order. copies: [N] sequences through each node.
-    routes: [N, L, K] int16 experts of each node as the sampler chose them, or None.
-    """
+    routes: [N, L, K] int16 experts of each node as the sampler chose them, or None."""
 
     token_ids: np.ndarray
     positions: np.ndarray

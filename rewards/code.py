@@ -96,8 +96,7 @@ def passes_tests(
     lists, tuples, sets, dicts) and builtin exceptions cross. prefix: the column (`prompts`) with Python that precedes
     the program. command: of another language; the program becomes its last argument, and `tests` are a list of
     {"input", "output"}. seconds, memory (MiB of a process), processes: limits. sandbox "none": with your own rights.
-    Raises SyntaxError for tests or a prefix that are no Python, RuntimeError where no sandbox starts.
-    """
+    Raises SyntaxError for tests or a prefix that are no Python, RuntimeError where no sandbox starts."""
     box = Sandbox(seconds if command else seconds + 60, memory, processes, bare=sandbox == "none")
 
     if command and not box.run(["sh", "-c", 'command -v "$0"', shlex.split(command)[0]]):

@@ -63,8 +63,7 @@ def check_reward(config: RewardConfig, base_dir: Path, columns: Set[str]) -> Non
 
     Raises ValueError: as `load_function`; an argument in `args` that is no named parameter, a parameter without default
     that nothing gives (the nearest name is offered); an argument that the function does not take (TRL's functions have
-    `**kwargs` for what they do not use), or that two sides give; programs to run, and no sandbox for them.
-    """
+    `**kwargs` for what they do not use), or that two sides give; programs to run, and no sandbox for them."""
     reward, passed = f"reward {config.function!r}", columns - NOT_COLUMNS
     signature = inspect.signature(load_function(config.function, base_dir))
     if twice := sorted(passed & {*PASSED, *config.args}):

@@ -15,8 +15,7 @@ class RewardNormalizer:
     keep what the rewards said. Batches must come in their order: a running mean depends on it.
 
     fixed: mean and spread of those normalised by held-out scores, by label. running: count, mean and sum of squares of
-    the others so far, for a run that resumes.
-    """
+    the others so far, for a run that resumes."""
 
     def __init__(self, configs: Sequence[RewardConfig], fixed: Mapping[str, tuple[float, float]]) -> None:
         self._weights = {config.label: config.weight for config in configs if config.normalize}

@@ -57,8 +57,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
     function applies, the total is NaN. on_error "stop": the future raises RewardError. "mask": the completions at fault
     have total NaN; the others' rewards come from one more call without them, never from calls with one completion
     alone, whose values a function that compares completions would get wrong.
-    Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission.
-    """
+    Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission."""
 
     def __init__(
         self, configs: Sequence[RewardConfig], base_dir: Path, steps: int = 0, models: Mapping[str, RewardSource] = {}
@@ -66,8 +65,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         """Start a process per reward function; returns before they are ready. The calling thread must outlive the pool.
 
         steps: of the stage, for `trainer_state`. models: what answers for the other rewards, by label; the pool
-        closes them. A function that cannot be loaded makes the futures raise.
-        """
+        closes them. A function that cannot be loaded makes the futures raise."""
         self._steps = steps
         self._workers = [models.get(config.label) or WorkerProcess(config, base_dir) for config in configs]
         self._sum = ThreadPoolExecutor(1)
@@ -76,8 +74,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         """Start scoring `groups` in one call of each reward function.
 
         The future gives one `Scores` per group, in order, or raises `RewardError`.
-        trainer_state: fields of TRL's `trainer_state`; `global_step` counts the batches before this one.
-        """
+        trainer_state: fields of TRL's `trainer_state`; `global_step` counts the batches before this one."""
         rows = [(group, completion) for group in groups for completion in group.completions]
         names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS)
         # A column that some rows lack is None there, as in a `datasets.Dataset`.
@@ -104,8 +101,7 @@ class WorkerProcess:
 
     A fresh interpreter: it inherits no torch, Ray or CUDA state, and the parent's `__main__` is not run again.
     It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. The kernel kills it
-    when the thread that started it ends.
-    """
+    when the thread that started it ends."""
 
     def __init__(self, config: RewardConfig, base_dir: Path) -> None:
         self.config = config

@@ -34,8 +34,7 @@ class Batch:
     """What one call of a reward function is made from; whole groups, N completions in order.
 
     columns: [N] each: `prompts`, `completions`, `completion_ids` and the dataset's. state: fields of TRL's
-    `trainer_state`.
-    """
+    `trainer_state`."""
 
     columns: Mapping[str, Sequence[Any]]
     state: Mapping[str, Any]
@@ -54,8 +53,7 @@ class Reply:
 
     failure: why the call gave no values at all (with `trace`, the whole traceback), or None.
     values: [N] the reward; None for "not applicable"; a str that says why it is no reward.
-    logged: [N] values per column of `log_extra`, as str, float, int, bool or None; means of `log_metric`.
-    """
+    logged: [N] values per column of `log_extra`, as str, float, int, bool or None; means of `log_metric`."""
 
     failure: str | None = None
     trace: str = ""

@@ -17,8 +17,7 @@ def load_rows(config: DataConfig, base_dir: Path, data_dir: Path | None = None) 
     A relative path is read from `data_dir` when given, else from `base_dir` (the recipe's folder). A .json file holds
     a list of objects, or an object with such a list under `examples`. Rows are counted from 0 in every message.
 
-    Raises `ValueError` naming the file or function, and the row or line, when the data is not what it should be.
-    """
+    Raises `ValueError` naming the file or function, and the row or line, when the data is not what it should be."""
     if config.function is not None:
         source, rows = config.function, _function_rows(config.function, config.args, base_dir)
     else:

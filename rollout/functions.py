@@ -20,8 +20,7 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
     one file share one module.
 
     Raises ValueError that names spec, file, line and cause: malformed spec, no such file or module, a failing
-    import, no such function (the nearest name is offered), something that cannot be called.
-    """
+    import, no such function (the nearest name is offered), something that cannot be called."""
     source, _, name = spec.rpartition(":")
     if not source or not name.isidentifier():
         raise ValueError(f"{spec!r} does not name a function: write `module:function` or `file.py:function`")

@@ -41,8 +41,7 @@ def encode_text(
 ) -> list[int]:
     """Token ids of a string, from `encode_strings`, or of a chat (`template`: arguments of its template).
 
-    where: the text's name in messages. Raises `ValueError` for what is neither, or has no template.
-    """
+    where: the text's name in messages. Raises `ValueError` for what is neither, or has no template."""
     return encode_chat(text, tokenizer, where, **template)["input_ids"] if is_chat(text, where) else encoded[text]
 
 

@@ -18,8 +18,7 @@ class Request:
     seed: the request's own; the same seed, prompt and weights give the same completion.
     stop: strings that end the completion (cut from the text); the model's end token always does.
     ignore_eos: for benchmarks. logprobs: ask for the sampled tokens' log-probabilities; routes: and for the experts
-    of all tokens, where the engine can tell them.
-    """
+    of all tokens, where the engine can tell them."""
 
     prompt: np.ndarray
     max_tokens: int

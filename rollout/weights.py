@@ -23,8 +23,7 @@ class Piece:
     """A block of a checkpoint tensor inside a buffer.
 
     name, dtype ("float32"), shape: of the whole tensor. start, size: of the block in it, per dimension. offset, nbytes:
-    of the block in the buffer, contiguous.
-    """
+    of the block in the buffer, contiguous."""
 
     name: str
     dtype: str
@@ -122,8 +121,7 @@ def canary_error(engine: Sequence[Mapping[int, float]], trainer: np.ndarray, *, 
 
     median: of the prompts, and not the largest of them: low precision sends a token of some prompt to other experts,
     which is 2 nats off and no fault (seen in bfloat16), while wrong weights show in every prompt.
-    Infinite where either is NaN: a difference that is no number must not pass as a small one.
-    """
+    Infinite where either is NaN: a difference that is no number must not pass as a small one."""
     pairs = zip(engine, trainer, strict=True)
     largest = [np.max([abs(value - row[token]) for token, value in top.items()]) for top, row in pairs]
     found = [np.nan_to_num(value, nan=np.inf) for value in largest]

@@ -34,8 +34,7 @@ class VllmEngine:
     Where `config.world` is above 1, every rank makes the same calls at the same time: the ranks of a tensor-parallel
     group with the same requests, `config.data` such groups with requests of their own (or none).
     Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
-    started with `environment(config)`.
-    """
+    started with `environment(config)`."""
 
     def __init__(
         self, model_dir: Path, config: RolloutConfig, *, seed: int = 0, dummy: bool = False, routes: bool = False
@@ -169,8 +168,7 @@ class VllmEngine:
     ) -> Iterator[list[tuple[int, RequestOutput]]]:
         """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest.
 
-        record: the experts of these requests' tokens will be asked for.
-        """
+        record: the experts of these requests' tokens will be asked for."""
         if self._version is None:
             raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
         if self._llm.has_unfinished_requests():

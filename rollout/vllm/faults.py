@@ -151,8 +151,7 @@ def uncovered(model: torch.nn.Module, loaded: set[str]) -> list[str]:
 
     vLLM counts the elements copied into each layer and takes its record away once they are all there, so a layer
     that still has one is incomplete: unless only buffers or a vocabulary's padding are left, which no checkpoint
-    holds. Attention layers have no weights of their own. A few small tensors (`SKIP_TENSORS`) are not counted.
-    """
+    holds. Attention layers have no weights of their own. A few small tensors (`SKIP_TENSORS`) are not counted."""
     missing: dict[str, torch.Tensor] = {}
     filled: set[int] = set()
     for prefix, layer in model.named_modules():
