@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from more_itertools import map_reduce
 
 from alignment.config import GRPOConfig
 from alignment.protocols import TrainRow
@@ -21,19 +22,16 @@ def rewards_PG(groups: Sequence[Group], truncated: str) -> np.ndarray:
     return rewards
 
 
-def group_advantages(rewards_PG: np.ndarray, *, scale: bool) -> np.ndarray:
+def group_advantages(rewards_PG: np.ndarray) -> np.ndarray:
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group: float64 [P, G].
 
     std is the sample standard deviation (divided by G - 1, as in TRL; the paper does not say which).
-    scale=False subtracts the mean alone. NaN rewards have left their group: they enter neither mean nor
-    std and their advantage is 0. A group with fewer than two rewards left has no advantage: all 0.
-    """
+    NaN rewards have left their group: they enter neither mean nor std and their advantage is 0. A group with fewer than
+    two rewards left has no advantage: all 0."""
     present_PG = np.ma.array(rewards_PG, mask=np.isnan(rewards_PG))
     centred_PG = (present_PG - present_PG.mean(axis=1, keepdims=True)).filled(0.0)
     # Equal rewards such as 0.1 leave rounding errors around the mean, which a division by the tiny std would blow up.
     centred_PG = np.where(present_PG.ptp(axis=1, keepdims=True).filled(0.0) > 0, centred_PG, 0.0)
-    if not scale:
-        return centred_PG
     count_P1 = present_PG.count(axis=1, keepdims=True)
     variance_P1 = (centred_PG**2).sum(axis=1, keepdims=True) / np.maximum(count_P1 - 1, 1)
     return centred_PG / (np.sqrt(variance_P1) + EPSILON)
@@ -46,10 +44,9 @@ def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[T
     "sequence": 1 / (the completion's tokens x completions of the update), DeepSeekMath eq. 3, TRL's grpo.
     Completions whose advantage is 0 are left out where nothing else trains on them (kl = 0), but they stay in the
     denominators. A NaN reward takes a completion out of both; truncated="mask" takes its tokens out of both, and
-    leaves it a completion of the update, as TRL does.
-    """
+    leaves it a completion of the update, as TRL does."""
     rewards = rewards_PG(groups, config.truncated)
-    advantages = group_advantages(rewards, scale=config.scale_advantages)
+    advantages = group_advantages(rewards)
     kept = ~np.isnan(rewards)
     sequences_U = kept.reshape(config.updates_per_batch, -1).sum(axis=1)
     if config.truncated == "mask":
@@ -69,12 +66,9 @@ def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[T
 
 def split_over_ranks(rows: Sequence[TrainRow], ranks: int) -> list[list[int]]:
     """Indices of each rank's rows: whole groups, the heaviest first to the rank with the fewest tokens so far."""
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.group, []).append(i)
-    loads = [0] * ranks
-    parts: list[list[int]] = [[] for _ in range(ranks)]
+    groups = map_reduce(range(len(rows)), lambda i: rows[i].group)
     weight = {group: sum(rows[i].length for i in members) for group, members in groups.items()}
+    loads, parts = [0] * ranks, [list[int]() for _ in range(ranks)]
     for group in sorted(groups, key=lambda group: (-weight[group], group)):
         rank = loads.index(min(loads))
         loads[rank] += weight[group]

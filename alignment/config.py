@@ -24,21 +24,14 @@ class InitConfig(Config):
 class ModelConfig(Config):
     """The policy: exactly one of `path` and `init`."""
 
+    one_of = ("path", "init")
+
     path: str | None = None
     """A Transformers directory (read from the recipe's folder) or a hub name."""
     init: InitConfig | None = None
     """Start from random weights."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (self.init is None):
-            raise ValueError("give exactly one of `path` and `init`")
-        return self
-
-
-BalanceKey = Literal["expert", "device", "communication", "devices", "limit"]
 
 
 class TrainConfig(Config):
@@ -60,7 +53,7 @@ class TrainConfig(Config):
     """Compute each sampled token with the experts that the sampler chose for it (R3)."""
     router: Literal["train", "freeze"] = "train"
     """Whether the routers' own weights are trained."""
-    balance: dict[BalanceKey, float] = Field(default_factory=dict)
+    balance: dict[Literal["expert", "device", "communication", "devices", "limit"], float] = Field(default_factory=dict)
     """DeepSeek-V2's losses, e.g. {expert: 0.003, device: 0.05, communication: 0.02, devices: 4, limit: 2} (D, M)."""
 
     @property
@@ -74,22 +67,21 @@ class TrainConfig(Config):
             raise ValueError("`balance` by device or communication needs `devices` (D) and `limit` (M)")
         if any(value < 0 for value in self.balance.values()):
             raise ValueError("`balance` must not be negative")
-        if self.world % self.expert:
-            raise ValueError(
-                f"`expert` ({self.expert}) does not divide the {self.world} ranks of `replicate` x `shard`"
-            )
-        if self.shard % self.expert and self.expert % self.shard:
-            raise ValueError(f"of `expert` ({self.expert}) and `shard` ({self.shard}) one must divide the other")
+        expert, shard, world = self.expert, self.shard, self.world
+        if world % expert:
+            raise ValueError(f"`expert` ({expert}) does not divide the {world} ranks of `replicate` x `shard`")
+        if shard % expert and expert % shard:
+            raise ValueError(f"of `expert` ({expert}) and `shard` ({shard}) one must divide the other")
         return self
 
 
-Moment = Annotated[float, Field(ge=0, lt=1)]
 CorrectionKind = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Moment = Annotated[float, Field(ge=0, lt=1)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
-class OptimizerConfig(Config):
-    """AdamW and its schedule; every policy stage has these keys."""
+class StageConfig(Config):
+    """What every stage has: AdamW and its schedule, and what goes before, beside and after its steps."""
 
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
@@ -105,23 +97,6 @@ class OptimizerConfig(Config):
     """AdamW's moment coefficients."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
-
-    def check_schedule(self, steps: int) -> None:
-        """Raise ValueError when warm-up and decay do not fit into `steps` optimiser steps."""
-        needed = self.warmup_steps + (self.decay_steps or 0)
-        if needed > steps:
-            raise ValueError(f"`warmup_steps` + `decay_steps` are {needed}, more than the {steps} optimiser steps")
-
-    @model_validator(mode="after")
-    def _decay_has_a_schedule(self) -> Self:
-        if self.decay_steps is not None and self.schedule == "constant":
-            raise ValueError("`decay_steps` needs `schedule: linear` or `cosine`: a constant rate does not decay")
-        return self
-
-
-class StageConfig(OptimizerConfig):
-    """What every stage has."""
-
     name: str = Field("", pattern=r"^[A-Za-z0-9_\-]*$")
     """Name of the stage; its kind (`sft`, `reward_model`, ...) by default."""
     from_: str | None = Field(None, alias="from")
@@ -133,9 +108,36 @@ class StageConfig(OptimizerConfig):
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints from which the run can resume; the newest is kept until the stage has ended."""
 
+    def check_schedule(self, steps: int) -> None:
+        """Raise ValueError when warm-up and decay do not fit into `steps` optimiser steps."""
+        needed = self.warmup_steps + (self.decay_steps or 0)
+        if needed > steps:
+            raise ValueError(f"`warmup_steps` + `decay_steps` are {needed}, more than the {steps} optimiser steps")
+
+    def rate(self, step: int, total_steps: int) -> float:
+        """Learning rate of update `step` (from 0) of `total_steps`. Linear warm-up over `warmup_steps` (the first
+        update already learns), then constant, then the decay over the last `decay_steps` updates (all after the warm-up
+        by default), which would reach 0 one update after the last."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        left = min(1.0, (total_steps - step) / (self.decay_steps or total_steps - self.warmup_steps))
+        if self.schedule == "linear":
+            return self.learning_rate * left
+        return self.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
+
+    @model_validator(mode="after")
+    def _decay_has_a_schedule(self) -> Self:
+        if self.decay_steps is not None and self.schedule == "constant":
+            raise ValueError("`decay_steps` needs `schedule: linear` or `cosine`: a constant rate does not decay")
+        return self
+
 
 class DatasetStageConfig(StageConfig):
     """What a stage has that trains on a dataset."""
+
+    one_of = ("epochs", "steps")
 
     data: DataConfig
     """Its rows, in TRL's formats."""
@@ -153,9 +155,7 @@ class DatasetStageConfig(StageConfig):
         return self.steps or math.ceil(self.epochs * rows / self.batch_size)
 
     @model_validator(mode="after")
-    def _one_duration(self) -> Self:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of `epochs` and `steps`")
+    def _schedule_fits(self) -> Self:
         if self.steps is not None:
             self.check_schedule(self.steps)
         return self
@@ -198,11 +198,9 @@ class RolloutStageConfig(StageConfig):
     @model_validator(mode="after")
     def _rewards_have_names(self) -> Self:
         names = [reward.label for reward in self.rewards]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two rewards are called `{twice[0]}`: give each its own `name`")
-        taken = sorted({"mean", "std", "masked"} & set(names))
-        if taken:
+        if taken := sorted({"mean", "std", "masked"} & set(names)):
             raise ValueError(f"a reward cannot be called `{taken[0]}`, a metric of the batch: give it another `name`")
         return self
 
@@ -236,8 +234,6 @@ class GRPOConfig(RolloutStageConfig):
     """Stage whose final weights are the reference (default: this stage's start)."""
     normalize: Literal["token", "sequence"] = "token"
     """Loss per token of the whole batch (TRL's dapo) or mean per completion first (TRL's grpo)."""
-    scale_advantages: bool = True
-    """Divide advantages by the group's standard deviation (eq. 34); False subtracts the mean alone."""
     held_out: float = Field(0.0, ge=0, lt=1)
     """Share of the prompts that is not trained on; at most 128 of them measure the reward before, within and after."""
     truncated: Literal["train", "mask", "zero"] = "train"
@@ -246,11 +242,6 @@ class GRPOConfig(RolloutStageConfig):
     """Stop when the k3 KL between sampler and trainer exceeds this (default 1e-7 in float32, 0.1 in bfloat16)."""
     correction: dict[CorrectionKind, tuple[float, float]] = Field(default_factory=dict, max_length=1)
     """Importance correction, {token_truncate: [0, 3]} (TIS), {token_mask: [0.5, 5]} (IcePop), also for a sequence."""
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """Lower and upper epsilon."""
-        return self.clip if isinstance(self.clip, tuple) else (self.clip, self.clip)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -22,8 +22,7 @@ class SamplerLM(LM):
 
     sampler: None where only `tokens` are wanted. seed: with its place in the batch it seeds each request. Every method
     answers in the order of its requests, and raises `ValueError`, before anything is sampled, for a request that does
-    not fit the context.
-    """
+    not fit the context."""
 
     def __init__(self, sampler: Sampler | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         super().__init__()
@@ -80,10 +79,8 @@ class SamplerLM(LM):
 
     def tokens(self, requests: Sequence[Instance], max_length: int) -> list[Tokens]:
         """What each request asks for. Raises `ValueError` naming the longest if it does not fit `max_length` tokens.
-
         Context and continuation are encoded as one text, then split: white space at the context's end belongs to the
-        continuation (lm-eval's rule). An empty context is the BOS (or end) token.
-        """
+        continuation (lm-eval's rule). An empty context is the BOS (or end) token."""
         tokens = [self._tokens(instance) for instance in requests]
         needs = [len(context) + len(rest) + new for context, rest, new in tokens]
         worst = needs.index(max(needs))

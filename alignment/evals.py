@@ -48,8 +48,7 @@ class TaskInfo:
     """What one task will ask. n: items. max_new_tokens: of an item, 0 where only log-likelihoods are asked.
 
     longest_prompt: tokens of the longest prompt (log-likelihoods: with its continuation). texts: question and reference
-    answer of each item, without few-shot examples.
-    """
+    answer of each item, without few-shot examples."""
 
     name: str
     n: int
@@ -67,11 +66,9 @@ def check_tasks(
     seed: int = 0,
     data_dir: Path | None = None,
 ) -> list[TaskInfo]:
-    """Load every task and build its prompts, without a model. `run_evals` says where files are looked for.
-
-    Raises `ValueError` for a task that does not exist (with the nearest name), cannot be loaded, asks for what the
-    sampler does not do, or needs more context than the `max_length` tokens there are.
-    """
+    """Load every task and build its prompts, without a model. `run_evals` says where files are looked for. Raises
+    `ValueError` for a task that does not exist (with the nearest name), cannot be loaded, asks for what the sampler
+    does not do, or needs more context than the `max_length` tokens there are."""
     infos, model = [], SamplerLM(None, tokenizer, seed)
     with _tasks(config, tokenizer, base_dir, data_dir, seed) as tasks:
         for name, task in tasks.items():
@@ -113,8 +110,7 @@ def run_evals(
     folder. Items, prompts, few-shot examples and seeds are the same each time; the global random states stay as they
     were. A result holds the task's primary metric (`PRIMARY`), after the task's first filter. A sample is lm-eval's own
     (as `lm_eval --log_samples` writes it, one per item and filter), and the name of its `task`.
-    Raises `ValueError` as `check_tasks` does, and for a task none of whose metrics is a number per item.
-    """
+    Raises `ValueError` as `check_tasks` does, and for a task none of whose metrics is a number per item."""
     with _tasks(config, tokenizer, base_dir, data_dir, seed) as tasks:
         samples = evaluate(
             SamplerLM(sampler, tokenizer, seed),
@@ -132,37 +128,32 @@ def run_evals(
 def _tasks(
     config: EvalConfig, tokenizer: PreTrainedTokenizerBase, base_dir: Path, data_dir: Path | None, seed: int
 ) -> Iterator[dict[str, Task]]:
-    """The tasks by name; within the block the global random states, which tasks may use, follow the seed."""
+    """The recipe's tasks by name and in order, groups and tags resolved; `seed` draws their few-shot examples. Within
+    the block the global random states, which tasks may use, follow it too."""
     if config.chat_template and tokenizer.chat_template is None:
         raise ValueError("evals.chat_template: the tokenizer has no chat template; set model.chat_template")
-    states = random.getstate(), np.random.get_state()
+    states, tasks = (random.getstate(), np.random.get_state()), dict[str, Task]()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:
-        yield _load_tasks(config, base_dir, data_dir, seed)
+        for group, spec in ((group, spec) for group, specs in config.groups.items() for spec in specs):
+            if spec.endswith((".yaml", ".yml")):
+                found = _file_tasks(base_dir / spec, data_dir)
+            elif spec in _manager().task_index:
+                found = _load(_manager(), spec, f"evals.tasks: `{spec}`")
+            else:
+                raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _manager().all_tasks)}")
+            if twice := sorted(tasks.keys() & found.keys()):
+                raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
+            for name, task in found.items():
+                task.config.metadata = {**(task.config.metadata or {}), "group": group}
+                task.set_fewshot_seed(seed)
+                _check_request(name, task, config)
+            tasks |= found
+        yield tasks
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _load_tasks(config: EvalConfig, base_dir: Path, data_dir: Path | None, seed: int) -> dict[str, Task]:
-    """The recipe's tasks by name and in order, groups and tags resolved; `seed` draws their few-shot examples."""
-    tasks: dict[str, Task] = {}
-    for group, spec in ((group, spec) for group, specs in config.groups.items() for spec in specs):
-        if spec.endswith((".yaml", ".yml")):
-            found = _file_tasks(base_dir / spec, data_dir)
-        elif spec in _manager().task_index:
-            found = _load(_manager(), spec, f"evals.tasks: `{spec}`")
-        else:
-            raise ValueError(f"evals.tasks: lm-eval has no task `{spec}`{nearest(spec, _manager().all_tasks)}")
-        if twice := sorted(tasks.keys() & found.keys()):
-            raise ValueError(f"evals.tasks: `{spec}` brings the task `{twice[0]}` a second time; name it once")
-        for name, task in found.items():
-            task.config.metadata = {**(task.config.metadata or {}), "group": group}
-            task.set_fewshot_seed(seed)
-            _check_request(name, task, config)
-        tasks |= found
-    return tasks
 
 
 def _check_request(name: str, task: Task, config: EvalConfig) -> None:

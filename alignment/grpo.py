@@ -1,22 +1,29 @@
-"""Online GRPO (DeepSeek-V2 section 4.2, eq. 32-34): the step, top to bottom."""
+"""Online GRPO (DeepSeek-V2 section 4.2, eq. 32-34): the step, top to bottom; then its reward on held-out prompts."""
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
 from alignment.batch import group_advantages, grpo_minibatches, rewards_PG
 from alignment.config import GRPOConfig
-from alignment.losses import Correction, grpo_loss
+from alignment.losses import correction, grpo_loss
+from alignment.metrics import write_text
 from alignment.protocols import Engine, Policy, Step, TrainRow
-from alignment.schedule import learning_rate
-from rewards.base import Scorer
+from alignment.tax import TaskResult, TaxRow, compare
+from rewards.config import RewardConfig
+from rewards.normalize import RewardNormalizer
+from rewards.pool import RewardPool
 from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Group, Prompt
+
+BENCHMARK = "held-out reward"
 
 
 class MismatchError(RuntimeError):
@@ -28,7 +35,7 @@ def grpo(
     prompts: Stream[Prompt],
     config: GRPOConfig,
     sampling: Sampling,
-    scorer: Scorer,
+    scorer: RewardPool,
     first: int,
     normalize: Callable[[list[Group]], list[Group]] = list,
 ) -> Iterator[Step]:
@@ -43,7 +50,11 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
     minibatches = grpo_minibatches(groups, config)
     if not any(minibatches):  # no group has signal: a counted step without an update
         return rollout_metrics(groups, config.truncated) | _merge_updates([])
-    loss = partial(grpo_loss, clip=config.clip_range, kl=config.kl, correction=_correction(config))
+    clip = config.clip if isinstance(config.clip, tuple) else (config.clip, config.clip)
+    correct = None
+    for kind, (low, high) in config.correction.items():  # one at most
+        correct = partial(correction, low=low, high=high, sequence=kind.startswith("sequence"), mask="mask" in kind)
+    loss = partial(grpo_loss, clip=clip, kl=config.kl, correct=correct)
     if config.kl > 0:
         with engine.phase("reference") as policy:
             minibatches = [_add_logprobs(policy, rows, config, reference=True) for rows in minibatches]
@@ -54,7 +65,7 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
             minibatches = [_add_logprobs(policy, rows, config, reference=False) for rows in minibatches]
         for i, rows in enumerate(minibatches):
             done, total = (n * config.updates_per_batch for n in (step - 1, config.steps))
-            rate = learning_rate(config, done + i, total)
+            rate = config.rate(done + i, total)
             update = policy.update(
                 rows, loss, learning_rate=rate, temperature=config.temperature, max_grad_norm=config.max_grad_norm
             )
@@ -62,12 +73,6 @@ def grpo_step(engine: Engine, groups: list[Group], config: GRPOConfig, step: int
                 check_mismatch(update, config, engine.precision, step)
             updates.append(update | {"learning_rate": rate})
     return rollout_metrics(groups, config.truncated) | _merge_updates(updates)
-
-
-def _correction(config: GRPOConfig) -> Correction | None:
-    for kind, (low, high) in config.correction.items():
-        return Correction(low, high, sequence=kind.startswith("sequence"), mask=kind.endswith("mask"))
-    return None
 
 
 def _add_logprobs(policy: Policy, rows: list[TrainRow], config: GRPOConfig, *, reference: bool) -> list[TrainRow]:
@@ -92,7 +97,7 @@ def rollout_metrics(groups: list[Group], truncated: str = "train") -> dict[str, 
     """Rewards and lengths of a batch: what was sampled, before any update."""
     rewards = rewards_PG(groups, truncated)
     lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
-    signal = (group_advantages(rewards, scale=False) != 0).any(axis=1)
+    signal = (group_advantages(rewards) != 0).any(axis=1)
     metrics = {
         "reward/mean": moments(rewards)[0],
         "reward/std": moments(rewards.std(axis=1))[0],
@@ -134,3 +139,47 @@ def _merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
         else:
             merged[name] = max(values) if name == "mismatch/max" else float(np.mean(values))
     return merged
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Measures the reward on prompts that a stage does not train on, with the same seeds every time.
+
+    path: where each prompt's mean is kept, by step. Rewards that are normalised by a running mean are put on the scale
+    that they have before the first step: every measurement of a stage then has the same one. fixed: the other scales.
+    truncated: as in the stage."""
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    scorer: RewardPool
+    rewards: Sequence[RewardConfig]
+    fixed: Mapping[str, tuple[float, float]]
+    path: Path
+    truncated: str = "train"
+
+    def measure(self, step: int) -> float:
+        """The mean reward after `step` steps; the one before the first is measured once."""
+        kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"scale": {}, "values": {}}
+        if step > 0 or not kept["values"]:
+            groups = next(iter(self.engine.rollouts([(0, self.prompts)], self.sampling, self.scorer)))
+            if not kept["values"]:
+                running = [reward.label for reward in self.rewards if reward.normalize == "running"]
+                parts = {label: np.concatenate([group.scores.parts[label] for group in groups]) for label in running}
+                kept["scale"] = {label: moments(part) for label, part in parts.items()}
+            normalize = RewardNormalizer(self.rewards, {**self.fixed, **kept["scale"]})
+            totals = rewards_PG(normalize(groups), self.truncated)
+            mean, means = moments(totals)[0], [moments(total)[0] for total in totals]
+            kept["values"][str(step)] = [mean if math.isnan(one) else one for one in means]
+            write_text(self.path, json.dumps(kept))
+        return float(np.mean(kept["values"][str(step)]))
+
+
+def held_out_rows(path: Path, step: int) -> list[TaxRow]:
+    """The held-out reward's line of a tax table, after `step` steps against before; none where none was measured."""
+    if not path.is_file():
+        return []
+    values = json.loads(path.read_text(encoding="utf-8"))["values"]
+    items = tuple(f"prompt {i}" for i in range(len(values["0"])))
+    results = [TaskResult(BENCHMARK, "reward", True, items, np.array(values[at])) for at in ("0", str(step))]
+    return compare(results[:1], results[1:])

@@ -1,22 +1,48 @@
-"""The metrics of every step: a crash-safe file in the run folder, and trackers for those who want them."""
-
-from __future__ import annotations
+"""Crash-safe files of a run folder, its metrics among them, and trackers for those who want them."""
 
 import importlib.util
 import json
 import math
+import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignment.config import TrackerKind
-from alignment.files import write_text
 
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, or replace it, in one piece; `path`."""
+    unfinished(path).write_text(text, encoding="utf-8")
+    return unfinished(path).replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where `path` lies until it is written."""
+    return path.with_name(f".{path.name}.new")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """The new folder `unfinished(path)`, which becomes `path`, its files synced to disk, when the block ends well."""
+    folder = unfinished(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    yield folder
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with file.open("rb") as opened:
+            os.fsync(opened)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)  # never half deleted under its name
+    folder.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def plain_number(key: str, value: Any) -> int | float | None:
@@ -52,10 +78,8 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a .jsonl file, in order; a last line torn by a crash is left out.
-
-    Raises ValueError naming file and line when a whole line is not JSON.
-    """
+    """Every whole row of a .jsonl file, in order; a last line torn by a crash is left out. Raises ValueError naming
+    file and line when a whole line is not JSON."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
@@ -82,8 +106,7 @@ def trackers(
     TensorBoard: one run per stage in RUN/tensorboard/STAGE. W&B: one run per stage, in the group of the run folder's
     name; its id is kept in RUN/wandb/STAGE.id. `first_step` is the next step to be logged: TensorBoard drops what an
     earlier, killed process logged from there on, and W&B keeps the first of two values of a step, which are the same.
-    config: shown beside the curves (the resolved recipe).
-    """
+    config: what W&B shows beside the curves (the resolved recipe)."""
     check_trackers(kinds)
     started = [_start(kind, run_dir, stage, config, first_step) for kind in dict.fromkeys(kinds)]
 
@@ -99,7 +122,7 @@ def trackers(
             tracker.finish()
 
 
-def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int) -> GeneralTracker:
+def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, Any], first_step: int) -> Any:
     # Imported here: who only reads metrics must not wait for torch.
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
@@ -108,11 +131,8 @@ def _start(kind: TrackerKind, run_dir: Path, stage: str, config: Mapping[str, An
     folder = run_dir / kind
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "tensorboard":
-        fresh = not (folder / stage).exists()
         tracker = TensorBoardTracker(stage, folder, purge_step=first_step)
         tracker.start()
-        if fresh:
-            tracker.log({"recipe": "```\n" + json.dumps(config, indent=2, default=str) + "\n```"}, step=0)
         return tracker
     id_file, group = folder / f"{stage}.id", run_dir.resolve().name
     if not id_file.exists():

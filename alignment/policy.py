@@ -9,13 +9,13 @@ from operator import add
 import numpy as np
 import torch
 import torch.distributed as dist
+from more_itertools import map_reduce
 from transformers import PreTrainedModel
 
-from alignment.balance import Load
 from alignment.logprobs import token_logprobs, tree_logits
 from alignment.losses import k3
 from alignment.protocols import Loss, LossInputs, TrainRow
-from alignment.routing import Routing
+from alignment.routing import Load, Routing
 from alignment.tree import MicroBatch, pack, plant, silent_batch
 
 
@@ -25,8 +25,7 @@ class UpdateStats:
 
     sums: what adds up over tokens and ranks. mismatch: float32 of tokens, trainer's old log-probability minus the
     sampler's (none where nothing was sampled; NaN where the sampler gave none, which no limit lets pass). load: how
-    the tokens were routed; None if dense.
-    """
+    the tokens were routed; None if dense."""
 
     sums: Counter[str] = field(default_factory=Counter)
     mismatch: list[np.ndarray] = field(default_factory=list)
@@ -41,8 +40,7 @@ class RankPolicy:
     clip_grad_norm: clips all gradients of the policy to a norm and returns the norm before.
     last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
     after_forward: called after a forward pass without a backward pass.
-    outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C].
-    """
+    outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C]."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -159,12 +157,9 @@ class RankPolicy:
 
     def _micro_batches(self, rows: Sequence[TrainRow]) -> list[MicroBatch]:
         """This rank's micro-batches; every rank gets as many as the one with the most, empty ones if need be."""
-        groups: dict[int, list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(row.group, []).append(i)
         size, by_routes = self.tokens_per_rank, self.routing.replay
         trees = []
-        for members in groups.values():
+        for members in map_reduce(range(len(rows)), lambda i: rows[i].group).values():
             trees += plant([rows[i].trajectory for i in members], members, size, by_routes=by_routes)
         batches = pack(trees, size)
         count = max(1, len(batches))
@@ -182,8 +177,7 @@ def merge_stats(ranks: Sequence[UpdateStats]) -> dict[str, float]:
     `tokens/computed`; `tokens/dropped` of a stage with `capacity`: loss-carrying tokens computed without some of their
     experts. Where the rows were sampled: `mismatch/k3` (KL from sampler to trainer, mean over tokens),
     `mismatch/max` and `mismatch/p99` (of |log p_trainer - log p_sampler|), `mismatch/experts` (share of the computed
-    tokens whose experts differ from the sampler's). Of a MoE: `experts/*` as `Load.metrics` says.
-    """
+    tokens whose experts differ from the sampler's). Of a MoE: `experts/*` as `Load.metrics` says."""
     names = sorted({name for rank in ranks for name in rank.sums})
     metrics = {name: sum(rank.sums[name] for rank in ranks) for name in names}
     metrics["entropy"] /= max(1, metrics["tokens/loss"])

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from rewards.base import Scorer
+from rewards.pool import RewardPool
 from rollout.sampler import Sampler, Sampling
 from rollout.types import Group, Handle, Prompt, Trajectory
 
@@ -32,8 +32,7 @@ class TrainRow:
     length: tokens of the sequence, for balancing.
     advantage: A_i (eq. 34); 1.0 in SFT; of a reward model the target, as `Judged.targets`.
     weight: factor of each of its tokens in the loss; all normalisation is in here, once (the loss is a plain sum).
-    old_logprobs, reference_logprobs: float32 [tokens], or None (on-policy; no KL).
-    """
+    old_logprobs, reference_logprobs: float32 [tokens], or None (on-policy; no KL)."""
 
     trajectory: Handle | Trajectory
     group: int
@@ -51,8 +50,7 @@ class LossInputs:
     logprobs: log p of each token under the weights in training (carries the gradient); of a reward model its score.
     old_logprobs: under the weights that sampled them, by the trainer's forward (logprobs detached when on-policy).
     reference_logprobs: under the reference, or None. advantages, weights: of the token's row.
-    sampler_logprobs: as the sampler reported them (NaN where nothing was sampled). rows: int64, the token's row.
-    """
+    sampler_logprobs: as the sampler reported them (NaN where nothing was sampled). rows: int64, the token's row."""
 
     logprobs: torch.Tensor
     old_logprobs: torch.Tensor
@@ -92,21 +90,18 @@ class Policy(Protocol):
 class Engine(Protocol):
     """The hybrid engine: one policy, a training layout and a rollout layout."""
 
-    @property
-    def precision(self) -> str:
-        """The less precise of training and rollout: "float32" or "bfloat16"."""
+    precision: str
+    """The less precise of training and rollout: "float32" or "bfloat16"."""
+    sampler: Sampler
+    """The live engines with the newest weights (handed over if they are not in yet)."""
 
     def rollouts(
-        self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: Scorer
+        self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: RewardPool
     ) -> Iterator[list[Group]]:
         """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order."""
 
     def phase(self, name: Phase) -> AbstractContextManager[Policy]:
         """Make resident what the phase needs, and time it."""
-
-    @property
-    def sampler(self) -> Sampler:
-        """The live engines with the newest weights (handed over if they are not in yet)."""
 
     def take_metrics(self) -> dict[str, Any]:
         """Phase times and engine metrics since the last call: `time/*` seconds, `handover/*`."""

@@ -7,24 +7,23 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from alignment.files import atomic_directory
 from alignment.grpo import rollout_metrics
-from alignment.metrics import append, read
+from alignment.metrics import append, atomic_directory, read
 from alignment.protocols import Engine, Step
-from rewards.base import Scorer
 from rewards.normalize import RewardNormalizer
+from rewards.pool import RewardPool
 from rollout.prompts import Stream
 from rollout.sampler import Sampling
 from rollout.types import Group, Prompt
 
 
 def sample(
-    engine: Engine, prompts: Stream[Prompt], sampling: Sampling, scorer: Scorer, normalize: RewardNormalizer, first: int
+    engine: Engine, prompts: Stream[Prompt], sampling: Sampling, scorer: RewardPool, scale: RewardNormalizer, first: int
 ) -> Iterator[Step]:
     """Every prompt once, a batch a `next()`, from batch `first` (from 1) on; the weights stay as they are."""
     size, total = prompts.batch_size, len(prompts.items)
     batches = ((step, next(prompts)[: total - (step - 1) * size]) for step in range(first, -(-total // size) + 1))
-    for step, groups in enumerate(map(normalize, engine.rollouts(batches, sampling, scorer)), first):
+    for step, groups in enumerate(map(scale, engine.rollouts(batches, sampling, scorer)), first):
         yield Step(step, rollout_metrics(groups), groups)
 
 
@@ -49,8 +48,7 @@ def write_data(rows_file: Path, out_dir: Path) -> dict[str, int]:
 
     rows.jsonl: `prompt`, `completion`, `score`. pairs.jsonl: `prompt`, `chosen`, `rejected` and their scores: the best
     and the worst completion of each prompt where their scores differ. best.jsonl: `prompt`, `completion`, `score` of
-    the best one. Of equal ones the first.
-    """
+    the best one. Of equal ones the first."""
     groups = [list(group) for _, group in groupby(read(rows_file), key=itemgetter("step", "prompt_index"))]
     best, worst = ([f(group, key=itemgetter("score")) for group in groups] for f in (max, min))
     pairs = [

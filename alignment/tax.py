@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-from alignment.files import write_text
+from alignment.metrics import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,7 @@ class TaxRow:
 
     The intervals of a table's `together` lines hold all at once, with a confidence of 95%. gained: items that got
     better (wrong -> right; other values: a better value); lost: that got worse. low and high are NaN where one item
-    alone gives no interval. group: whether the line is the mean of several benchmarks, with the sums of their items.
-    """
+    alone gives no interval. group: whether the line is the mean of several benchmarks, with the sums of their items."""
 
     benchmark: str
     before: float
@@ -72,11 +71,9 @@ class TaxRow:
 
 
 def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval for the difference (gained - lost) / n of two paired proportions (Tango 1998, section 4).
-
-    All d with |T(d)| <= z, T(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d))), where q is the maximum
-    likelihood estimate of P(lost) under the difference d. Without any flip it is +-z^2 / (n + z^2), not zero wide.
-    """
+    """Score interval for the difference (gained - lost) / n of two paired proportions (Tango 1998, section 4). All d
+    with |T(d)| <= z, T(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d))), where q is the maximum likelihood
+    estimate of P(lost) under the difference d. Without any flip it is +-z^2 / (n + z^2), not zero wide."""
     if not (n > 0 and gained >= 0 and lost >= 0 and gained + lost <= n):
         raise ValueError(f"{gained} gained and {lost} lost of {n} items is impossible")
     estimate, z2 = (gained - lost) / n, stats.norm.ppf(0.5 + confidence / 2) ** 2
@@ -96,10 +93,8 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
 
 
 def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time.
-
-    Equal differences give an interval of no width (resampling cannot know more); one item gives NaN.
-    """
+    """BCa bootstrap interval (Efron 1987) of the mean of paired differences [n]; the same numbers every time. Equal
+    differences give an interval of no width (resampling cannot know more); one item gives NaN."""
     if len(differences) < 2:
         return math.nan, math.nan
     if np.ptp(differences) == 0:
@@ -120,8 +115,7 @@ def compare(
     with 95%: each has the confidence 1 - 0.05 / m (Bonferroni), so that a change without effect raises an alarm in any
     of the rows once in 20 times at most.
     Raises ValueError when the two do not hold the same benchmarks and items, naming the first mismatch, and for a group
-    whose benchmarks are not there or not all better in the same direction.
-    """
+    whose benchmarks are not there or not all better in the same direction."""
     if [r.name for r in before] != [r.name for r in after]:
         raise ValueError(
             f"the evals are of different benchmarks: {[r.name for r in before]} before, {[r.name for r in after]} "

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from more_itertools import constrained_batches
 
 from rollout.types import Trajectory
 
@@ -22,8 +23,7 @@ from rollout.types import Trajectory
 class Branch:
     """One sequence of a tree, whose first `shared` nodes are those of the sequence before it.
 
-    row: what its tokens are labelled with in `MicroBatch.rows`.
-    """
+    row: what its tokens are labelled with in `MicroBatch.rows`."""
 
     trajectory: Trajectory
     row: int
@@ -48,8 +48,7 @@ class MicroBatch:
     sources, targets: [M] each distinct edge once: `targets[m]` is predicted from node `sources[m]`.
     edges: [C] index into M of every loss-carrying token.
     rows: [C] the token's row; tokens of a row are in order. copies: [N] sequences through each node.
-    routes: [N, L, K] int16 experts of each node as the sampler chose them, or None.
-    """
+    routes: [N, L, K] int16 experts of each node as the sampler chose them, or None."""
 
     token_ids: np.ndarray
     positions: np.ndarray
@@ -66,11 +65,9 @@ class MicroBatch:
 def plant(
     trajectories: Sequence[Trajectory], rows: Sequence[int], max_nodes: int, *, by_routes: bool = False
 ) -> list[Tree]:
-    """Merge the sequences of one group into trees of at most `max_nodes` nodes (a longer sequence stands alone).
-
-    A token is shared where the sequences agree up to it: on tokens, and with `by_routes` on the experts that the
-    sampler chose for them (otherwise a shared node has the experts of one of its sequences).
-    """
+    """Merge the sequences of one group into trees of at most `max_nodes` nodes (a longer sequence stands alone). A
+    token is shared where the sequences agree up to it: on tokens, and with `by_routes` on the experts that the sampler
+    chose for them (otherwise a shared node has the experts of one of its sequences)."""
     # Sorted, depth-first order comes by itself.
     keys = [_read(trajectory, by_routes) for trajectory in trajectories]
     order = sorted(range(len(keys)), key=lambda i: (keys[i].tobytes(), int(trajectories[i].token_ids[-1])))
@@ -98,15 +95,8 @@ def _read(trajectory: Trajectory, by_routes: bool) -> np.ndarray:
 
 def pack(trees: Sequence[Tree], max_nodes: int) -> list[MicroBatch]:
     """Pack trees, longest first, into micro-batches of at most `max_nodes` nodes (a longer tree goes alone)."""
-    batches: list[list[Tree]] = []
-    size = 0
-    for tree in sorted(trees, key=_size, reverse=True):
-        if not batches or size + _size(tree) > max_nodes:
-            batches.append([])
-            size = 0
-        batches[-1].append(tree)
-        size += _size(tree)
-    return [_micro_batch(batch) for batch in batches]
+    longest_first = sorted(trees, key=_size, reverse=True)
+    return [_micro_batch(some) for some in constrained_batches(longest_first, max_nodes, get_len=_size, strict=False)]
 
 
 def _size(tree: Tree) -> int:

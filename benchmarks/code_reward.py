@@ -18,8 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rewards.code import passes_tests
-from rewards.sandbox import require_sandbox
+from rewards.code import passes_tests, require_sandbox
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "humaneval" / "test.jsonl"
 

@@ -25,8 +25,7 @@ import ray
 
 import hybrid_engine.engine as engine_module
 from alignment.config import InitConfig, StageConfig, TrainConfig
-from alignment.model import build_model, save_model_dir
-from alignment.presets import preset_config, train_tokenizer
+from alignment.model import build_model, preset_config, save_model_dir, train_tokenizer
 from benchmarks.workload import machine_line, publish, set_environment, table
 from hybrid_engine.train_worker import TrainWorker
 from rollout.config import RolloutConfig

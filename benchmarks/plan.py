@@ -35,8 +35,7 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3C
 
 from alignment.config import GRPOConfig, InitConfig, TrainConfig
 from alignment.grpo import grpo
-from alignment.model import build_model, save_model_dir
-from alignment.presets import preset_config, train_tokenizer
+from alignment.model import build_model, preset_config, save_model_dir, train_tokenizer
 from hybrid_engine.cluster import GIB, cluster
 from hybrid_engine.engine import HybridEngine
 from hybrid_engine.footprint import model_of

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment.files import atomic_directory, unfinished
+from alignment.metrics import atomic_directory, unfinished
 from alignment.model import as_classifier, save_model_dir
 
 

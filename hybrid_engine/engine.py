@@ -34,8 +34,8 @@ from hybrid_engine.reward_worker import ModelReward, RewardWorker
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
 from hybrid_engine.sampler import ReplicaSampler
 from hybrid_engine.train_worker import TrainWorker
-from rewards.base import Scorer
 from rewards.config import RewardConfig
+from rewards.pool import RewardPool
 from rollout.config import RolloutConfig
 from rollout.sampler import Sampling
 from rollout.types import Group, Handle, Prompt, Scores
@@ -159,7 +159,7 @@ class HybridEngine:
         return judge
 
     def rollouts(
-        self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: Scorer
+        self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: RewardPool
     ) -> Iterator[list[Group]]:
         """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order.
 
@@ -175,7 +175,7 @@ class HybridEngine:
             yield [placed[place] for place in range(len(prompts))]
 
     def _sample(
-        self, step: int, prompts: Sequence[Prompt], sampling: Sampling, scorer: Scorer
+        self, step: int, prompts: Sequence[Prompt], sampling: Sampling, scorer: RewardPool
     ) -> Iterator[tuple[list[tuple[int, Group]], Future[list[Scores]]]]:
         """Groups (with their place in the batch) as they are complete, each with its scores to come."""
         count = self._sampler.lanes

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from alignment.attention import TREE_ATTENTION
 from alignment.config import TrainConfig
+from alignment.logprobs import TREE_ATTENTION
 from alignment.model import make_reward_model
 from hybrid_engine.sharding import Meshes, shard_model
 from hybrid_engine.views import View, checkpoint_views, intersect, local_block

@@ -10,11 +10,11 @@ import ray
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from alignment.reward_data import judged_text
+from alignment.reward_model import judged_text
 from hybrid_engine.health import describe
 from hybrid_engine.placement import Worker
-from rewards.base import RewardError
 from rewards.config import RewardConfig
+from rewards.pool import RewardError
 from rewards.worker import Batch, Reply
 from rollout.prompts import encode_strings, encode_text
 from rollout.types import Text

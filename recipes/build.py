@@ -12,17 +12,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from alignment.config import SFTConfig
-from alignment.files import atomic_directory
-from alignment.grpo import grpo
-from alignment.held_out import HeldOut
-from alignment.metrics import read
+from alignment.grpo import HeldOut, grpo
+from alignment.metrics import atomic_directory, read
 from alignment.model import build_model, check_classifier, load_tokenizer, model_config, model_source, save_model_dir
 from alignment.protocols import Step
-from alignment.reward_data import judged_fingerprint, make_judged_rows
-from alignment.reward_model import reward_model
+from alignment.reward_model import make_judged_rows, reward_model
 from alignment.sample import sample
-from alignment.sft import sft
-from alignment.sft_data import make_sft_rows
+from alignment.sft import make_sft_rows, sft
 from hybrid_engine.checkpoint import latest_checkpoint
 from hybrid_engine.engine import HybridEngine
 from recipes.data import stage_rows
@@ -100,11 +96,9 @@ def build_steps(run: Run, stage: Stage, folder: StageFolder, stack: ExitStack) -
         return _rollout_steps(run, stage, rows, folder, stack)
     if isinstance(config, SFTConfig):
         items, counts = make_sft_rows(rows, run.tokenizer, config, stage.source)
-        stream = Stream(items, config.batch_size, _seed(run, stage))
     else:
         items, held_out, counts = make_judged_rows(rows, run.tokenizer, config, stage.source)
-        seed = _seed(run, stage)
-        stream = Stream(items, config.batch_size, seed, judged_fingerprint(items, seed))
+    stream = Stream(items, config.batch_size, _seed(run, stage))
     run.console.print(f"{stage.name}: {', '.join(f'{value:,} {name}' for name, value in counts.items())}")
     total, first = config.total_steps(len(items)), _resume(run, folder, stream)
     if isinstance(config, SFTConfig):
@@ -145,7 +139,7 @@ def _rollout_steps(run: Run, stage: Stage, rows: list[dict[str, Any]], folder: S
         if share
         else None
     )
-    return Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": normalize.state()}, measure)
+    return Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": dict(normalize.running)}, measure)
 
 
 def _seed(run: Run, stage: Stage) -> int:
@@ -174,6 +168,6 @@ def _resume(run: Run, folder: StageFolder, stream: Stream[Any], normalize: Rewar
     extra = run.engine.load_checkpoint(checkpoint)
     stream.restore(extra["stream"])
     if normalize is not None:
-        normalize.restore(extra["rewards"])
+        normalize.running = extra["rewards"]
     run.console.print(f"continuing after step {extra['step']} ({checkpoint.name})")
     return extra["step"]

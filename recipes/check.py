@@ -25,7 +25,7 @@ from recipes.plan import plan
 from recipes.schema import LoadedRecipe, Recipe, Stage
 from recipes.source import Key
 from recipes.versions import check_versions
-from rewards.loader import check_reward
+from rewards.config import check_reward
 from rollout.data import FILE_SUFFIXES, row_texts
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def _lengths(
     recipe: Recipe, rows: Mapping[int, Rows], tokenizer: PreTrainedTokenizerBase, problems: _Problems
 ) -> Table:
     """Tokens of each dataset's rows, and what is done about long ones."""
-    from alignment.reward_data import make_judged_rows
-    from alignment.sft_data import make_sft_rows
+    from alignment.reward_model import make_judged_rows
+    from alignment.sft import make_sft_rows
     from rollout.prompts import check_lengths, make_prompts
 
     longest = recipe.rollout.max_length

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from alignment.evals import run_evals
-from alignment.held_out import HeldOut, held_out_rows
+from alignment.grpo import HeldOut, held_out_rows
 from alignment.metrics import append, read
 from alignment.tax import TaskResult, compare, load_results
 from recipes.build import Run

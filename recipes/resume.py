@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from alignment.files import write_text
-from alignment.metrics import json_lines
+from alignment.metrics import json_lines, write_text
 from alignment.tax import TaskResult, TaxRow, row_to_json, save_results
 from recipes.errors import RecipeError
 from recipes.schema import Recipe, Stage, difference, resolved

@@ -11,8 +11,7 @@ from rich.text import Text
 from transformers import AutoConfig, DeepseekV2Config, PreTrainedConfig
 
 from alignment.config import RewardModelConfig, SFTConfig
-from alignment.model import model_source
-from alignment.presets import PRESETS
+from alignment.model import PRESETS, model_source
 from hybrid_engine.cluster import ASSUMED, GIB, cluster
 from hybrid_engine.footprint import Model, model_of
 from hybrid_engine.forecast import Work

@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from alignment.config import StageConfig
-from alignment.files import write_text
-from alignment.metrics import append, append_step, plain_number, read, trackers, truncate_after
+from alignment.metrics import append, append_step, plain_number, read, trackers, truncate_after, write_text
 from alignment.protocols import Step
 from alignment.reward_model import length_warning
 from alignment.sample import sampled_rows, write_data

@@ -15,18 +15,20 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from multiprocessing import Pipe
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
-from rewards.base import RewardError
-from rewards.config import RewardConfig
-from rewards.loader import NOT_COLUMNS
+from rewards.config import NOT_COLUMNS, RewardConfig
 from rewards.worker import Batch, Reply
 from rollout.types import Group, Scores
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, hung or returned nonsense. The message names function, row and cause."""
 
 
 class RewardSource(Protocol):
@@ -48,34 +50,39 @@ class RewardSource(Protocol):
 LOAD_LIMIT = 300.0  # seconds for importing a reward's module, which may bring torch along
 
 
-class RewardPool:
-    """Scores groups with a stage's reward functions (implements `rewards.base.Scorer`).
+class RewardPool(AbstractContextManager["RewardPool"]):
+    """Scores whole groups with a stage's rewards, in the background while other completions are still being sampled.
 
     A function that returns None for a completion does not apply to it and leaves the weighted sum, as in TRL; where no
     function applies, the total is NaN. on_error "stop": the future raises RewardError. "mask": the completions at fault
     have total NaN; the others' rewards come from one more call without them, never from calls with one completion
     alone, whose values a function that compares completions would get wrong.
-    Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission.
-    """
+    Scores.extra: where two functions log one name, the later function's; `log_metric` is of the whole submission."""
 
     def __init__(
-        self,
-        configs: Sequence[RewardConfig],
-        base_dir: Path,
-        max_steps: int = 0,
-        models: Mapping[str, RewardSource] = MappingProxyType({}),
+        self, configs: Sequence[RewardConfig], base_dir: Path, steps: int = 0, models: Mapping[str, RewardSource] = {}
     ) -> None:
         """Start a process per reward function; returns before they are ready. The calling thread must outlive the pool.
 
-        max_steps: of the stage, for `trainer_state`. models: what answers for the other rewards, by label; the pool
-        closes them. A function that cannot be loaded makes the futures raise.
-        """
-        self._max_steps = max_steps
+        steps: of the stage, for `trainer_state`. models: what answers for the other rewards, by label; the pool
+        closes them. A function that cannot be loaded makes the futures raise."""
+        self._steps = steps
         self._workers = [models.get(config.label) or WorkerProcess(config, base_dir) for config in configs]
         self._sum = ThreadPoolExecutor(1)
 
     def submit(self, groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Future[list[Scores]]:
-        batch = _batch(groups, {"max_steps": self._max_steps, **trainer_state})
+        """Start scoring `groups` in one call of each reward function.
+
+        The future gives one `Scores` per group, in order, or raises `RewardError`.
+        trainer_state: fields of TRL's `trainer_state`; `global_step` counts the batches before this one."""
+        rows = [(group, completion) for group in groups for completion in group.completions]
+        names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS)
+        # A column that some rows lack is None there, as in a `datasets.Dataset`.
+        columns: dict[str, list[Any]] = {name: [group.prompt.columns.get(name) for group, _ in rows] for name in names}
+        columns["prompts"] = [group.prompt.text for group, _ in rows]
+        columns["completions"] = [group.answer(completion) for group, completion in rows]
+        columns["completion_ids"] = [completion.token_ids.tolist() for _, completion in rows]
+        batch = Batch(columns, {"max_steps": self._steps, **trainer_state})
         replies = [worker.thread.submit(_score, worker, groups, batch) for worker in self._workers]
         return self._sum.submit(_combine, groups, [worker.config for worker in self._workers], replies)
 
@@ -85,22 +92,8 @@ class RewardPool:
             worker.close()
         self._sum.shutdown()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _batch(groups: Sequence[Group], trainer_state: Mapping[str, Any]) -> Batch:
-    """A column that some rows lack is None there, as in a `datasets.Dataset`."""
-    rows = [(group, completion) for group in groups for completion in group.completions]
-    names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in NOT_COLUMNS)
-    columns: dict[str, list[Any]] = {name: [group.prompt.columns.get(name) for group, _ in rows] for name in names}
-    columns["prompts"] = [group.prompt.text for group, _ in rows]
-    columns["completions"] = [group.answer(completion) for group, completion in rows]
-    columns["completion_ids"] = [completion.token_ids.tolist() for _, completion in rows]
-    return Batch(columns, trainer_state)
 
 
 class WorkerProcess:
@@ -108,8 +101,7 @@ class WorkerProcess:
 
     A fresh interpreter: it inherits no torch, Ray or CUDA state, and the parent's `__main__` is not run again.
     It leads its own session, so that Ctrl-C does not reach it and a kill takes its children along. The kernel kills it
-    when the thread that started it ends.
-    """
+    when the thread that started it ends."""
 
     def __init__(self, config: RewardConfig, base_dir: Path) -> None:
         self.config = config
@@ -200,11 +192,9 @@ def _score(worker: RewardSource, groups: Sequence[Group], batch: Batch) -> Reply
 
 
 def _one_by_one(worker: RewardSource, batch: Batch) -> list[float | str | None]:
-    """Call the function with each completion alone: the values of those that were tried, a str for what went wrong.
-
-    To stop the run one culprit is enough; after two time limits a batch that timed out was merely slow. To mask,
-    every culprit is wanted, and each one that hangs costs a time limit: after ten the rest counts as untried.
-    """
+    """Call the function with each completion alone: the values of those that were tried, a str for what went wrong. To
+    stop the run one culprit is enough; after two time limits a batch that timed out was merely slow. To mask, every
+    culprit is wanted, and each one that hangs costs a time limit: after ten the rest counts as untried."""
     stop = worker.config.on_error == "stop"
     worker.ready()  # the time that loading takes is not the function's
     deadline = time.monotonic() + worker.config.timeout * (2 if stop else 10)

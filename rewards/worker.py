@@ -34,8 +34,7 @@ class Batch:
     """What one call of a reward function is made from; whole groups, N completions in order.
 
     columns: [N] each: `prompts`, `completions`, `completion_ids` and the dataset's. state: fields of TRL's
-    `trainer_state`.
-    """
+    `trainer_state`."""
 
     columns: Mapping[str, Sequence[Any]]
     state: Mapping[str, Any]
@@ -54,8 +53,7 @@ class Reply:
 
     failure: why the call gave no values at all (with `trace`, the whole traceback), or None.
     values: [N] the reward; None for "not applicable"; a str that says why it is no reward.
-    logged: [N] values per column of `log_extra`, as str, float, int, bool or None; means of `log_metric`.
-    """
+    logged: [N] values per column of `log_extra`, as str, float, int, bool or None; means of `log_metric`."""
 
     failure: str | None = None
     trace: str = ""
@@ -64,10 +62,8 @@ class Reply:
 
 
 def main(fd: int, parent: int, setup: bytes) -> None:
-    """Serve the socket `fd` until it closes. `setup`: pickled spec, args, base_dir.
-
-    The first `Reply` comes once the function is loaded, or says why it is not; then one for each `Batch`.
-    """
+    """Serve the socket `fd` until it closes. `setup`: pickled spec, args, base_dir. The first `Reply` comes once the
+    function is loaded, or says why it is not; then one for each `Batch`."""
     # A function that hangs in C never reads the socket: only the kernel can end it when `parent` is killed.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,21 +1,32 @@
 """Configuration of data, sampling and rollout engines. No torch, Ray or vLLM here."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
-    """Base of every recipe section: frozen, unknown keys refused."""
+    """Base of every recipe section: frozen, unknown keys refused. one_of: fields of which exactly one must be given."""
+
+    one_of: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
     )
 
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if self.one_of and sum(getattr(self, name) is not None for name in self.one_of) != 1:
+            *others, last = (f"`{name.rstrip('_')}`" for name in self.one_of)
+            raise ValueError(f"give exactly one of {', '.join(others)} and {last}")
+        return self
+
 
 class DataConfig(Config):
     """Where rows come from: exactly one of `path`, `function` and `from`."""
+
+    one_of = ("path", "function", "from_")
 
     path: str | None = None
     """A .jsonl, .json or .parquet file, or a hub dataset name when no such file exists."""
@@ -29,12 +40,6 @@ class DataConfig(Config):
     """New name -> column in the file, e.g. {prompt: question, completion: answer}."""
     limit: int | None = Field(None, gt=0)
     """Use only the first N rows."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if sum(source is not None for source in (self.path, self.function, self.from_)) != 1:
-            raise ValueError("give exactly one of `path`, `function` and `from`")
-        return self
 
 
 class RolloutConfig(Config):

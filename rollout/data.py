@@ -1,6 +1,5 @@
 """Rows of a dataset as plain dicts: local files, a hub dataset, or a function."""
 
-import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,15 +17,20 @@ def load_rows(config: DataConfig, base_dir: Path, data_dir: Path | None = None) 
     A relative path is read from `data_dir` when given, else from `base_dir` (the recipe's folder). A .json file holds
     a list of objects, or an object with such a list under `examples`. Rows are counted from 0 in every message.
 
-    Raises `ValueError` naming the file or function, and the row or line, when the data is not what it should be.
-    """
+    Raises `ValueError` naming the file or function, and the row or line, when the data is not what it should be."""
     if config.function is not None:
         source, rows = config.function, _function_rows(config.function, config.args, base_dir)
     else:
         source, rows = _path_rows(config, data_dir or base_dir)
     if not rows:
         raise ValueError(f"{source}: the dataset is empty")
-    return [_rename(row, config.columns, f"{source}, row {index}") for index, row in enumerate(rows[: config.limit])]
+    rows, names = rows[: config.limit], config.columns
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{source}, row {index}: expected an object with columns, got {type(row).__name__}")
+        if missing := [old for old in names.values() if old not in row]:
+            raise ValueError(f"{source}, row {index}: no column `{missing[0]}`; there are: {', '.join(row)}")
+    return [row | {new: row[old] for new, old in names.items()} for row in rows]
 
 
 def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -37,15 +41,6 @@ def row_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             for item in value if isinstance(value, list) else [value]:
                 fields = item.values() if isinstance(item, Mapping) else [item]
                 yield from (field for field in fields if field and isinstance(field, str))
-
-
-def _rename(row: Any, columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with columns, got {type(row).__name__}")
-    missing = [old for old in columns.values() if old not in row]
-    if missing:
-        raise ValueError(f"{where}: no column `{missing[0]}`; there are: {', '.join(row)}")
-    return row | {new: row[old] for new, old in columns.items()}
 
 
 def _path_rows(config: DataConfig, folder: Path) -> tuple[str, list[Any]]:
@@ -71,7 +66,6 @@ def _path_rows(config: DataConfig, folder: Path) -> tuple[str, list[Any]]:
 
 def _file_rows(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
-        import pyarrow
         import pyarrow.parquet
 
         try:
@@ -98,10 +92,6 @@ def _parse(data: bytes, where: str) -> Any:
 
 def _function_rows(spec: str, args: Mapping[str, Any], base_dir: Path) -> list[Any]:
     function = load_function(spec, base_dir)
-    try:
-        inspect.signature(function).bind(**args)
-    except TypeError as error:
-        raise ValueError(f"{spec}: the recipe's `args` do not fit the function: {error}") from error
     try:
         rows = function(**args)
     except Exception as error:

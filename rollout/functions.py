@@ -20,8 +20,7 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
     one file share one module.
 
     Raises ValueError that names spec, file, line and cause: malformed spec, no such file or module, a failing
-    import, no such function (the nearest name is offered), something that cannot be called.
-    """
+    import, no such function (the nearest name is offered), something that cannot be called."""
     source, _, name = spec.rpartition(":")
     if not source or not name.isidentifier():
         raise ValueError(f"{spec!r} does not name a function: write `module:function` or `file.py:function`")
@@ -53,9 +52,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def describe_error(error: BaseException, file: str | None) -> str:
     """`ValueError: what it says (rules.py, line 12: the line)`: the deepest line in `file` on the way to the error.
-
-    Without a file: the deepest line that is not the import system's.
-    """
+    Without a file: the deepest line that is not the import system's."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
     own = [f for f in frames if (f.filename == file if file else f.filename not in (__file__, importlib.__file__))]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""

@@ -1,6 +1,6 @@
 """Prompts from rows, and a resumable, fingerprinted stream of them."""
 
-import json
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -10,15 +10,13 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from rollout.types import Prompt, Text, Trajectory
+from rollout.types import Prompt, Text
 
 
 def make_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Prompt]:
-    """Tokenise each row's `prompt` as TRL's GRPOTrainer does; the other columns go along.
-
-    A string is tokenised as it is, special tokens as the tokenizer adds them; chat messages go through the chat
-    template with the generation prompt. Raises `ValueError` naming `source` and the row.
-    """
+    """Tokenise each row's `prompt` as TRL's GRPOTrainer does; the other columns go along. A string is tokenised as it
+    is, special tokens as the tokenizer adds them; chat messages go through the chat template with the generation
+    prompt. Raises `ValueError` naming `source` and the row."""
     prompts = []
     encoded = encode_strings((row["prompt"] for row in rows), tokenizer)
     for index, row in enumerate(rows):
@@ -43,18 +41,15 @@ def encode_text(
 ) -> list[int]:
     """Token ids of a string, from `encode_strings`, or of a chat (`template`: arguments of its template).
 
-    where: the text's name in messages. Raises `ValueError` for what is neither, or has no template.
-    """
+    where: the text's name in messages. Raises `ValueError` for what is neither, or has no template."""
     return encode_chat(text, tokenizer, where, **template)["input_ids"] if is_chat(text, where) else encoded[text]
 
 
 def encode_chat(
     chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, **template: Any
 ) -> Mapping[str, list[int]]:
-    """`input_ids` of a chat, and what else `template` asks `apply_chat_template` for.
-
-    Raises `ValueError` when there is no template, or it refuses the chat.
-    """
+    """`input_ids` of a chat, and what else `template` asks `apply_chat_template` for. Raises `ValueError` when there is
+    no template, or it refuses the chat."""
     if tokenizer.chat_template is None and template.get("chat_template") is None:
         raise ValueError(f"{where}: chat messages, but the tokenizer has no chat template; set `model.chat_template`")
     try:
@@ -76,8 +71,7 @@ def is_chat(text: Any, where: str) -> bool:
 
 def check_lengths(prompts: Sequence[Prompt], max_length: int, max_new_tokens: int, source: str = "prompts") -> None:
     """Raise `ValueError` naming the longest prompt if it and `max_new_tokens` do not fit `max_length` tokens."""
-    too_long = [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens > max_length]
-    if too_long:
+    if too_long := [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens > max_length]:
         worst = max(too_long, key=lambda prompt: len(prompt.token_ids))
         raise ValueError(
             f"{source}, row {worst.index}: a prompt of {len(worst.token_ids)} tokens and {max_new_tokens} new ones "
@@ -95,17 +89,17 @@ T = TypeVar("T")
 
 
 class Stream(Iterator[list[T]], Generic[T]):
-    """Endless batches of items, shuffled anew in each epoch, that can be continued from a saved state.
+    """Endless batches of items, shuffled anew in each epoch, that can be continued from a saved state. An epoch's order
+    depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so every item comes
+    exactly once an epoch and none is left out (a batch may then hold an item twice)."""
 
-    An epoch's order depends on (seed, epoch) alone. A batch that reaches the end of an epoch goes on into the next, so
-    every item comes exactly once an epoch and none is left out (a batch may then hold an item twice).
-    """
-
-    def __init__(self, items: Sequence[T], batch_size: int, seed: int, digest: str | None = None) -> None:
-        """digest: of items and seed, where `fingerprint` cannot make it."""
+    def __init__(self, items: Sequence[T], batch_size: int, seed: int) -> None:
         assert items, "a stream needs at least one item"
         self.items, self.batch_size = items, batch_size
-        self.fingerprint = digest or fingerprint(items, seed)
+        hasher = xxhash.xxh3_128(repr(seed).encode())
+        for item in items:
+            hasher.update(pickle.dumps(item))
+        self.fingerprint = hasher.hexdigest()
         self._given = 0
         self._order = lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(items)))
 
@@ -127,15 +121,3 @@ class Stream(Iterator[list[T]], Generic[T]):
                 f"{self.fingerprint} now): restore them, or start the stage anew"
             )
         self._given = state["epoch"] * len(self.items) + state["position"]
-
-
-def fingerprint(items: Sequence[Prompt] | Sequence[Trajectory], seed: int) -> str:
-    """Digest of the seed and of all that a stage takes from every item, in order (xxh3, 128 bit)."""
-    hasher = xxhash.xxh3_128(repr((seed, [len(item.token_ids) for item in items])).encode())
-    for item in items:
-        hasher.update(np.ascontiguousarray(item.token_ids, np.int32))
-        if isinstance(item, Trajectory):
-            hasher.update(np.packbits(item.loss_mask))
-        else:
-            hasher.update(json.dumps(item.columns, sort_keys=True, default=lambda value: type(value).__name__).encode())
-    return hasher.hexdigest()

@@ -18,8 +18,7 @@ class Request:
     seed: the request's own; the same seed, prompt and weights give the same completion.
     stop: strings that end the completion (cut from the text); the model's end token always does.
     ignore_eos: for benchmarks. logprobs: ask for the sampled tokens' log-probabilities; routes: and for the experts
-    of all tokens, where the engine can tell them.
-    """
+    of all tokens, where the engine can tell them."""
 
     prompt: np.ndarray
     max_tokens: int
@@ -42,10 +41,8 @@ class Sampling:
 
 
 def group_requests(prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling, step: int) -> list[Request]:
-    """The requests of prompts at `places` of a batch, prompt by prompt; a seed is made of what its request is for.
-
-    The place, and not the prompt's row, is in the seed: a batch that reaches into the next epoch may hold a row twice.
-    """
+    """The requests of prompts at `places` of a batch, prompt by prompt; a seed is made of what its request is for. The
+    place, and not the prompt's row, is in the seed: a batch that reaches into the next epoch may hold a row twice."""
     return [
         Request(
             prompt=prompt.token_ids,
@@ -70,10 +67,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of a given sequence: both arrays [T], entry 0 is NaN / False.
-
-    logprobs[t] = log p(token t | tokens before t) at temperature 1; greedy[t]: token t was the argmax.
-    """
+    """Log-probabilities of a given sequence: both arrays [T], entry 0 is NaN / False. logprobs[t] = log p(token t |
+    tokens before t) at temperature 1; greedy[t]: token t was the argmax."""
 
     logprobs: np.ndarray
     greedy: np.ndarray
@@ -82,9 +77,8 @@ class TokenScores:
 class Sampler(Protocol):
     """One engine or many replicas of it, with the newest weights."""
 
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a sequence, prompt and completion together."""
+    max_length: int
+    """Most tokens of a sequence, prompt and completion together."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Yield samples as they finish, in any order; every request yields exactly once."""

@@ -22,8 +22,7 @@ class Prompt:
     index: the row's position in its dataset, for messages and samples.
     text: the prompt as a reward function receives it (a string, or chat messages).
     token_ids: [T] int32, what the policy reads (chat template and generation prompt applied).
-    columns: the row's other columns, passed to reward functions by name.
-    """
+    columns: the row's other columns, passed to reward functions by name."""
 
     index: int
     text: Text
@@ -50,8 +49,7 @@ class Trajectory:
     version_spans: which weights wrote which tokens. routes: [T-1, L, K] int16 expert ids, or None.
 
     Example: prompt [5, 7], completion [9, 2] -> token_ids [5, 7, 9, 2], loss_mask [F, F, T, T],
-    logprobs [nan, nan, -0.3, -1.2], version_spans (VersionSpan(3, 2, 4),).
-    """
+    logprobs [nan, nan, -0.3, -1.2], version_spans (VersionSpan(3, 2, 4),)."""
 
     token_ids: np.ndarray
     loss_mask: np.ndarray
@@ -70,10 +68,8 @@ class Trajectories(tuple[Trajectory, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """Where a large value lies: item `index` of the list behind `ref`.
-
-    `ref` is opaque outside `hybrid_engine` (there, a Ray object reference or what it refers to).
-    """
+    """Where a large value lies: item `index` of the list behind `ref`. `ref` is opaque outside `hybrid_engine` (there,
+    a Ray object reference or what it refers to)."""
 
     ref: Any
     index: int
@@ -84,8 +80,7 @@ class Completion:
     """What the driver holds of one trajectory: the text and its token ids; the rest is behind `handle`.
 
     text: decoded completion, special tokens left out. token_ids: the completion's tokens alone,
-    end token included. handle: resolves to the `Trajectory`.
-    """
+    end token included. handle: resolves to the `Trajectory`."""
 
     text: str
     token_ids: np.ndarray
@@ -98,8 +93,7 @@ class Scores:
     """Rewards of one group. total: [G] float64, NaN where the completion leaves the group (`on_error: mask`).
 
     parts: each reward function's own values [G] before weighting; NaN where it returned None.
-    extra: values that a function logged through `log_extra` (lists of length G) or `log_metric` (floats).
-    """
+    extra: values that a function logged through `log_extra` (lists of length G) or `log_metric` (floats)."""
 
     total: np.ndarray
     parts: Mapping[str, np.ndarray]

@@ -7,6 +7,8 @@ from math import prod
 import numpy as np
 import torch
 import xxhash
+from more_itertools import map_reduce
+from torch import Tensor
 
 ALIGNMENT = 64  # bytes: a cache line, enough for every vector load, and a line of `device_digests`
 LINES = 2**17  # that it works on at a time: what it needs meanwhile stays in a device's cache
@@ -21,8 +23,7 @@ class Piece:
     """A block of a checkpoint tensor inside a buffer.
 
     name, dtype ("float32"), shape: of the whole tensor. start, size: of the block in it, per dimension. offset, nbytes:
-    of the block in the buffer, contiguous.
-    """
+    of the block in the buffer, contiguous."""
 
     name: str
     dtype: str
@@ -52,7 +53,7 @@ class Parcel:
     """A manifest and its buffer (uint8 [bytes]); where a device packed it a tensor, of whole lines of ALIGNMENT."""
 
     manifest: WeightManifest
-    buffer: np.ndarray | torch.Tensor
+    buffer: np.ndarray | Tensor
 
 
 def digest(data: np.ndarray) -> str:
@@ -60,7 +61,7 @@ def digest(data: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def device_digests(buffer: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, str]:
+def device_digests(buffer: Tensor, pieces: Sequence[Piece]) -> dict[str, str]:
     """Digest of each piece's lines, computed where they lie: every 4 bytes times an odd number of their own, summed mod
     2^64 (multilinear hashing, arXiv:1202.4961), in a line and then over lines; so the place in the buffer counts."""
     words = buffer.view(torch.int32).view(-1, ALIGNMENT // 4)
@@ -75,31 +76,24 @@ def device_digests(buffer: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, s
     return {piece.name: str(value) for piece, value in zip(pieces, found, strict=True)}
 
 
-def _odd(first: int, count: int, device: torch.device) -> torch.Tensor:
+def _odd(first: int, count: int, device: torch.device) -> Tensor:
     """Odd 64-bit numbers that look random, the same on every device: int64 [count]."""
     mixed = torch.arange(first, first + count, device=device) * -7046029254386353131
     return (mixed ^ (mixed >> 29)) * -4658895280553007687 | 1
 
 
-def piece_view(buffer: np.ndarray | torch.Tensor, piece: Piece) -> torch.Tensor:
+def piece_view(buffer: np.ndarray | Tensor, piece: Piece) -> Tensor:
     """A piece as a tensor of its own size: nothing is copied."""
     flat = torch.as_tensor(buffer[piece.offset : piece.offset + piece.nbytes])
     return flat.view(TORCH_DTYPES[piece.dtype]).view(piece.size)
 
 
-def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, torch.Tensor]]:
+def whole_tensors(parcels: Sequence[Parcel]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of which the parcels hold a piece, joined from all its pieces; one of a single piece is not copied.
-
-    Raises HandoverError with the name of the check that failed: duplicate, digest, shards.
-    """
-    pieces: dict[str, list[tuple[Piece, Parcel]]] = {}
-    arrived = {
-        id(p): device_digests(p.buffer, p.manifest.pieces) for p in parcels if isinstance(p.buffer, torch.Tensor)
-    }
-    for parcel in parcels:
-        for piece in parcel.manifest.pieces:
-            pieces.setdefault(piece.name, []).append((piece, parcel))
-    for name, found in pieces.items():
+    Raises HandoverError with the name of the check that failed: duplicate, digest, shards."""
+    every = ((piece, parcel) for parcel in parcels for piece in parcel.manifest.pieces)
+    arrived = {id(p): device_digests(p.buffer, p.manifest.pieces) for p in parcels if isinstance(p.buffer, Tensor)}
+    for name, found in map_reduce(every, lambda pair: pair[0].name).items():
         if len({piece.start for piece, _ in found}) < len(found):
             raise HandoverError(f"duplicate: a piece of tensor {name} arrived twice")
         for piece, parcel in found:
@@ -127,8 +121,7 @@ def canary_error(engine: Sequence[Mapping[int, float]], trainer: np.ndarray, *, 
 
     median: of the prompts, and not the largest of them: low precision sends a token of some prompt to other experts,
     which is 2 nats off and no fault (seen in bfloat16), while wrong weights show in every prompt.
-    Infinite where either is NaN: a difference that is no number must not pass as a small one.
-    """
+    Infinite where either is NaN: a difference that is no number must not pass as a small one."""
     pairs = zip(engine, trainer, strict=True)
     largest = [np.max([abs(value - row[token]) for token, value in top.items()]) for top, row in pairs]
     found = [np.nan_to_num(value, nan=np.inf) for value in largest]

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_routing import FAMILIES, build, routers, sequences
 
-from alignment.balance import Load, balance_weights, count
 from alignment.config import TrainConfig
 from alignment.losses import sft_loss
 from alignment.policy import RankPolicy, merge_stats
 from alignment.protocols import TrainRow
-from alignment.routing import Routing
+from alignment.routing import Load, Routing, balance_weights, count
 
 STEPS = 100
 ALPHAS = {"expert": 0.3, "device": 0.5, "communication": 0.2, "devices": 4, "limit": 2}

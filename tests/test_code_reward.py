@@ -21,11 +21,9 @@ from test_evals import RECIPES, run
 
 from alignment.config import EvalConfig
 from alignment.evals import check_tasks
-from rewards import code, sandbox
-from rewards.code import passes_tests
-from rewards.config import RewardConfig
-from rewards.loader import check_reward
-from rewards.sandbox import PYTHON
+from rewards import code
+from rewards.code import PYTHON, passes_tests
+from rewards.config import RewardConfig, check_reward
 
 TESTS = "assert answer() == 4321 and answer() != 1234"
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,7 +223,7 @@ def no_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["no-such-bwrap" if part == "bwrap" else part for part in command], **options)
 
-    monkeypatch.setattr(sandbox, "Popen", start)
+    monkeypatch.setattr(code, "Popen", start)
 
 
 def test_without_a_sandbox_a_recipe_is_refused_unless_it_says_none(no_bubblewrap: None, shared_data: Path) -> None:

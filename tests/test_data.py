@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from alignment.config import InitConfig
-from alignment.presets import train_tokenizer
+from alignment.model import train_tokenizer
 from rollout.config import DataConfig
 from rollout.data import load_rows, row_texts
 from rollout.prompts import Stream, check_lengths, make_prompts
@@ -101,7 +101,7 @@ def test_rows_from_a_function_beside_the_recipe(tmp_path):
     config = DataConfig(function="my_rows.py:rows", args={"count": 3}, limit=2)
     assert load_rows(config, tmp_path) == [{"prompt": "0"}, {"prompt": "1"}]
     for function, args, part in [
-        ("rows", {}, "missing a required argument: 'count'"),
+        ("rows", {}, "missing 1 required positional argument: 'count'"),
         ("broken", {}, "ZeroDivisionError"),
         ("number", {}, "must return a list"),
     ]:

@@ -11,13 +11,12 @@ import torch
 from test_balance import Kept
 from test_routing import build, routers, sequences
 
-from alignment import balance
-from alignment.balance import dropped, exempt_nodes
+from alignment import routing
 from alignment.config import GRPOConfig, SFTConfig, TrainConfig
 from alignment.losses import grpo_loss, sft_loss
 from alignment.policy import merge_stats
 from alignment.protocols import TrainRow
-from alignment.routing import Routing
+from alignment.routing import Routing, dropped, exempt_nodes
 
 DEVICES = 4
 
@@ -83,7 +82,7 @@ def test_dropping_changes_training_and_not_evaluation(monkeypatch: pytest.Monkey
     assert abs(merge_stats([found])["loss"] - merge_stats([plain])["loss"]) > 1e-4
     for one, other in zip(evaluated, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    monkeypatch.setattr(balance, "EXEMPT", 1.0)
+    monkeypatch.setattr(routing, "EXEMPT", 1.0)
     spared, _ = run(dropping_policy(0.5), sampled=False)
     assert merge_stats([spared])["loss"] == merge_stats([plain])["loss"]
     assert merge_stats([spared])["tokens/dropped"] == 0

@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from alignment.config import EvalConfig, InitConfig
 from alignment.eval_model import SamplerLM, generation
 from alignment.evals import check_tasks, run_evals
-from alignment.presets import train_tokenizer
+from alignment.model import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

@@ -13,9 +13,9 @@ import torch
 from test_tree import MODELS
 from transformers import AutoModelForCausalLM
 
-from alignment.attention import TREE_ATTENTION
 from alignment.config import GRPOConfig, TrainConfig
 from alignment.grpo import MismatchError, grpo
+from alignment.logprobs import TREE_ATTENTION
 from alignment.policy import RankPolicy, merge_stats
 from alignment.protocols import TrainRow
 from alignment.routing import Routing

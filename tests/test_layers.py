@@ -18,7 +18,7 @@ LAYERS = ("rollout", "rewards", "alignment", "hybrid_engine", "recipes")
 DOORS: dict[str, tuple[str, ...]] = {
     "vllm": ("rollout/vllm/",),
     "ray": ("hybrid_engine/",),
-    "trl": ("alignment/sft_data.py",),
+    "trl": ("alignment/sft.py",),
     "lm_eval": ("alignment/eval_model.py", "alignment/evals.py"),
     "accelerate": ("alignment/metrics.py", "hybrid_engine/loading.py"),
     "rollout.vllm": ("rollout/vllm/", "hybrid_engine/", "recipes/build.py"),
@@ -202,7 +202,7 @@ def test_too_many_product_lines_are_caught(tmp_path: Path):
 ALLOWED = {
     "rollout/vllm/a.py": "import vllm\nfrom . import engine\nfrom ..types import Prompt",
     "recipes/build.py": "from rollout.vllm.engine import E\nfrom hybrid_engine import engine",
-    "alignment/evals.py": "from lm_eval.api import model\nimport rewards.base",
+    "alignment/evals.py": "from lm_eval.api import model\nimport rewards.pool",
     "recipes/b.py": "try:\n    f()\nexcept ValueError as e:\n    raise SystemExit(2) from e\nx = getattr(a, 'b')",
     "recipes/c.py": long_function(80),
     "recipes/d.py": "x = 1\n" * 300,

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config
 
 from alignment.config import InitConfig, ModelConfig
-from alignment.files import atomic_directory
+from alignment.metrics import atomic_directory
 from alignment.model import build_model, load_tokenizer, model_config, save_model_dir
 
 ROOT = Path(__file__).parents[1]

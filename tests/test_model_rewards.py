@@ -19,10 +19,9 @@ from alignment.model import check_classifier
 from alignment.sample import sampled_rows, write_data
 from hybrid_engine.placement import launch
 from hybrid_engine.reward_worker import ModelReward, RewardWorker, batches
-from rewards.base import RewardError
 from rewards.config import RewardConfig
 from rewards.normalize import RewardNormalizer
-from rewards.pool import RewardPool
+from rewards.pool import RewardError, RewardPool
 from rollout.types import Completion, Group, Handle, Prompt, Scores
 
 TEXTS = ["4", "The answer is 4.", "no", "What is 2 plus 2? " * 6]
@@ -144,7 +143,7 @@ def test_running_normalisation_by_hand():
     normalize = RewardNormalizer(configs, {})
     first = normalize([scored(0, ["a", "b"], m=[1.0, 3.0], f=[0.5, 0.5])])
     np.testing.assert_allclose(first[0].scores.total, [1.0 + 0.5 + 2 * (-1.0 - 1.0), 3.0 + 0.5 + 2 * (1.0 - 3.0)])
-    kept = json.loads(json.dumps(normalize.state()))
+    kept = json.loads(json.dumps(normalize.running))
     batch = [scored(0, ["a", "b"], m=[5.0, math.nan], f=[0.0, 0.0]), scored(1, ["a", "b"], m=[7.0, 4.0], f=[0.0, 0.0])]
     second = normalize(batch)
     seen = np.array([1.0, 3.0, 5.0, 7.0, 4.0])
@@ -152,7 +151,7 @@ def test_running_normalisation_by_hand():
     assert second[1].scores.total[0] == pytest.approx(expected)
     assert np.isnan(second[0].scores.total[1]) and second[1].scores.parts["m"][0] == 7.0
     again = RewardNormalizer(configs, {})
-    again.restore(kept)
+    again.running = kept
     np.testing.assert_array_equal(again(batch)[1].scores.total, second[1].scores.total)
 
 

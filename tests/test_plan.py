@@ -17,9 +17,9 @@ import yaml
 from ranks import CONFIGS, run_ranks, tiny_model
 from transformers import DeepseekV2Config, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from alignment.attention import TREE_ATTENTION, tree_layout
 from alignment.config import TrainConfig
-from alignment.presets import PRESETS
+from alignment.logprobs import TREE_ATTENTION, tree_layout
+from alignment.model import PRESETS
 from alignment.tree import pack, plant
 from hybrid_engine.cluster import ASSUMED, GIB, cluster
 from hybrid_engine.footprint import cache_per_token, gathered, layer_activations, model_of, sharded

@@ -9,7 +9,7 @@ import pytest
 from test_run import align, finish, metrics
 
 from alignment.config import InitConfig
-from alignment.presets import preset_config, train_tokenizer
+from alignment.model import preset_config, train_tokenizer
 from recipes.check import check
 from recipes.schema import load_recipe
 

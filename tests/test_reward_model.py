@@ -20,13 +20,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig as TRLRewardConfig
 from trl import RewardTrainer
 
+from alignment import reward_model
 from alignment.config import RewardModelConfig, TrainConfig
 from alignment.logprobs import token_scores
 from alignment.losses import pairwise_loss, pointwise_loss
 from alignment.policy import RankPolicy
 from alignment.protocols import LossInputs, TrainRow
-from alignment.reward_data import Judged, judged_text, make_judged_rows
-from alignment.reward_model import calibration_error, held_out_metrics, length_warning
+from alignment.reward_model import Judged, judged_text, length_warning, make_judged_rows
 from alignment.routing import Routing
 from hybrid_engine.checkpoint import save_final
 from hybrid_engine.loading import load_model
@@ -283,15 +283,15 @@ def test_confounded_length_is_reported_and_an_honest_rule_is_not():
     ]
     for rows, warned in ((long, True), (fair, False)):
         _, held, _ = make_judged_rows(rows, tok, config(held_out=0.9), "rows")
-        found = held_out_metrics(Scores(lambda one: float("good" in tok.decode(one.token_ids))), held)
+        found = reward_model.held_out_metrics(Scores(lambda one: float("good" in tok.decode(one.token_ids))), held)
         assert found["held_out/accuracy"] > 0.9
         assert (length_warning(found) is not None) == warned, found
     _, held, _ = make_judged_rows(fair, tok, config(held_out=0.9), "rows")
-    assert length_warning(held_out_metrics(Scores(lambda one: len(one.token_ids)), held)) is not None
+    assert length_warning(reward_model.held_out_metrics(Scores(lambda one: len(one.token_ids)), held)) is not None
 
 
 def test_calibration_error_by_hand():
     confidence = np.array([0.55, 0.55, 0.95, 0.95])
     logits = np.log(confidence / (1 - confidence))
     right = np.array([True, False, True, True])
-    assert calibration_error(logits, right) == pytest.approx((abs(1 - 1.1) + abs(2 - 1.9)) / 4)
+    assert reward_model.calibration_error(logits, right) == pytest.approx((abs(1 - 1.1) + abs(2 - 1.9)) / 4)

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from reward_files import SOME, alive, group, score, wait_for, write_files
 
-from rewards.base import RewardError
 from rewards.config import RewardConfig
-from rewards.pool import RewardPool
+from rewards.pool import RewardError, RewardPool
 
 ROOT = Path(__file__).resolve().parent.parent
 

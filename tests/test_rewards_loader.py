@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.config import RewardConfig
-from rewards.loader import check_reward
+from rewards.config import RewardConfig, check_reward
 from rollout.functions import load_function
 
 REWARD = "def {name}({signature}):\n    return [1.0] * len(completions)\n"

@@ -13,9 +13,8 @@ import torch
 from ranks import CONFIGS
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 
-from alignment.attention import TREE_ATTENTION
 from alignment.config import TrainConfig
-from alignment.logprobs import token_logprobs
+from alignment.logprobs import TREE_ATTENTION, token_logprobs
 from alignment.routing import Routing
 from alignment.tree import MicroBatch, pack, plant
 from rollout.types import Trajectory

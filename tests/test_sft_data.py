@@ -8,9 +8,8 @@ import pytest
 from datasets import Dataset
 
 from alignment.config import InitConfig, ModelConfig, SFTConfig
-from alignment.model import build_model, model_config
-from alignment.presets import train_tokenizer
-from alignment.sft_data import make_sft_rows
+from alignment.model import build_model, model_config, train_tokenizer
+from alignment.sft import make_sft_rows
 from rollout.config import DataConfig
 
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"

@@ -104,7 +104,7 @@ def test_published_held_out_items_do_not_change():
 
 def test_completions_are_short_and_digits_and_letters_are_tokens_of_their_own():
     from alignment.config import InitConfig
-    from alignment.presets import train_tokenizer
+    from alignment.model import train_tokenizer
 
     rows = skills.sft_rows(700, 4000, 4000)
     tokenizer = train_tokenizer(InitConfig(), [row["prompt"] + row["completion"] for row in rows])

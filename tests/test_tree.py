@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, Qwen3MoeConfig
 
-from alignment.attention import TREE_ATTENTION
-from alignment.logprobs import selected_logprobs, token_logprobs
+from alignment.logprobs import TREE_ATTENTION, selected_logprobs, token_logprobs
 from alignment.tree import pack, plant, silent_batch
 from rollout.types import Trajectory
 

@@ -16,9 +16,9 @@ from trl import GRPOConfig as TRLGRPOConfig
 from trl import GRPOTrainer, SFTTrainer
 from trl import SFTConfig as TRLSFTConfig
 
-from alignment.attention import TREE_ATTENTION
 from alignment.batch import grpo_minibatches
 from alignment.config import GRPOConfig, TrainConfig
+from alignment.logprobs import TREE_ATTENTION
 from alignment.losses import grpo_loss, sft_loss
 from alignment.policy import RankPolicy
 from alignment.routing import Routing

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from alignment.files import write_text
+from alignment.metrics import write_text
 from recipes.progress import format_number, format_seconds
 from recipes.report.charts import half_width, stage_charts
 from recipes.report.data import read_run, shown_text

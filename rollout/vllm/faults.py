@@ -130,10 +130,8 @@ def forget_prefixes(engine: LLMEngine) -> None:
 
 
 def cut_at_stop(index: int, output: RequestOutput, text: str, stops: tuple[str, ...]) -> str:
-    """The completion's `text` before the first stop string, where one ended it.
-
-    Raises RuntimeError where vLLM saw one that is not in the completion.
-    """
+    """The completion's `text` before the first stop string, where one ended it. Raises RuntimeError where vLLM saw one
+    that is not in the completion."""
     if not isinstance(output.outputs[0].stop_reason, str):
         return text
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
@@ -153,8 +151,7 @@ def uncovered(model: torch.nn.Module, loaded: set[str]) -> list[str]:
 
     vLLM counts the elements copied into each layer and takes its record away once they are all there, so a layer
     that still has one is incomplete: unless only buffers or a vocabulary's padding are left, which no checkpoint
-    holds. Attention layers have no weights of their own. A few small tensors (`SKIP_TENSORS`) are not counted.
-    """
+    holds. Attention layers have no weights of their own. A few small tensors (`SKIP_TENSORS`) are not counted."""
     missing: dict[str, torch.Tensor] = {}
     filled: set[int] = set()
     for prefix, layer in model.named_modules():
@@ -163,7 +160,11 @@ def uncovered(model: torch.nn.Module, loaded: set[str]) -> list[str]:
         info = get_layerwise_info(layer)
         names = [name for name, _ in layer.named_parameters(recurse=False)]
         absent = {name for name in names if name in SKIP_TENSORS and f"{prefix}.{name}" not in loaded}
-        if info.can_load() and info.load_numel < info.load_numel_total - _never_loaded(layer):
+        never = sum(buffer.numel() for name, buffer in layer.named_buffers(recurse=False) if name not in SKIP_TENSORS)
+        if isinstance(layer, VocabParallelEmbedding):
+            padding = layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
+            never += padding * layer.embedding_dim
+        if info.can_load() and info.load_numel < info.load_numel_total - never:
             counted = set(names) - SKIP_TENSORS
             absent |= counted - {name for name, _ in info.loaded_weights} or counted
         # The tensor that will hold the weights in the end: tied ones are the same object.
@@ -171,11 +172,3 @@ def uncovered(model: torch.nn.Module, loaded: set[str]) -> list[str]:
         missing |= {f"{prefix}.{name}": final[name] for name in names if name in absent}
         filled |= {id(final[name]) for name in names if name not in absent}
     return [name for name, tensor in missing.items() if id(tensor) not in filled]
-
-
-def _never_loaded(layer: torch.nn.Module) -> int:
-    count = sum(buffer.numel() for name, buffer in layer.named_buffers(recurse=False) if name not in SKIP_TENSORS)
-    if isinstance(layer, VocabParallelEmbedding):
-        rows = layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
-        count += rows * layer.embedding_dim
-    return count

@@ -14,8 +14,7 @@ class RouteRecorder:
     """Listens to the routers of a model runner in this process; one record for all requests that run at once.
 
     runner: vLLM's, with the model loaded. block: tokens of one block of the prefix cache; tokens of a prompt that came
-    from the cache have the experts of the request that computed them.
-    """
+    from the cache have the experts of the request that computed them."""
 
     def __init__(self, runner: Any, block: int) -> None:
         self._runner, self._block = runner, block
@@ -44,8 +43,7 @@ class RouteRecorder:
         for end in range(self._block, len(prompt) + 1, self._block):
             if routes[end - self._block, 0, 0] != UNKNOWN:
                 break
-            known = self._blocks.get(prompt[:end].tobytes())
-            if known is not None:
+            if (known := self._blocks.get(prompt[:end].tobytes())) is not None:
                 routes[end - self._block : end] = known
         return routes
 

@@ -50,16 +50,14 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: ParcelUpdate) -> None:
-        """Load a bucket's tensors. Raises HandoverError with the name of the check that failed.
-
-        After an error the engine's layers are whole again, but hold a mixture: only a complete hand-over mends them.
-        """
-        with set_current_vllm_config(self.vllm_config):
-            try:
+        """Load a bucket's tensors. Raises HandoverError with the name of the check that failed. After an error the
+        engine's layers are whole again, but hold a mixture: only a complete hand-over mends them."""
+        try:
+            with set_current_vllm_config(self.vllm_config):
                 self._load(update_info.parcels, update_info.last)
-            except BaseException:
-                self.finish_weight_update()
-                raise
+        except BaseException:
+            self.finish_weight_update()
+            raise
 
     def finish_weight_update(self) -> None:
         """Rebuild what is derived from the weights (MLA's absorbed matrices, a tied output layer)."""
@@ -81,8 +79,7 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
         if len(self._versions) > 1:
             raise HandoverError(f"version: buffers of hand-overs {sorted(self._versions)} arrived as one")
         waiting = {piece.name for parcel in parcels for piece in parcel.manifest.pieces}
-        twice = waiting & self._arrived
-        if twice:
+        if twice := waiting & self._arrived:
             raise HandoverError(f"duplicate: tensor {min(twice)} had arrived in an earlier bucket")
         self._arrived |= waiting
 
@@ -94,8 +91,7 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
         self._loaded |= self.model.load_weights(arrivals()) or set()
         if waiting:
             raise HandoverError(f"delivery: the engine never took tensor {min(waiting)} ({len(waiting)} in all)")
-        missing = faults.uncovered(self.model, self._loaded) if last else ()
-        if missing:
+        if missing := faults.uncovered(self.model, self._loaded) if last else ():
             raise HandoverError(f"coverage: parameter {missing[0]} got no weights, or not all ({len(missing)} in all)")
 
 

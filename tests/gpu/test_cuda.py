@@ -11,8 +11,8 @@ import torch
 from test_run import align, finish, metrics, write_recipe
 from transformers import AutoModelForCausalLM
 
-from alignment.attention import TREE_ATTENTION
 from alignment.config import TrainConfig
+from alignment.logprobs import TREE_ATTENTION
 from alignment.losses import sft_loss
 from alignment.policy import RankPolicy
 from alignment.protocols import TrainRow
