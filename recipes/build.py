@@ -25,9 +25,8 @@ from alignment.sft import sft
 from alignment.sft_data import make_sft_rows
 from hybrid_engine.checkpoint import latest_checkpoint
 from hybrid_engine.engine import HybridEngine
-from recipes.data import stage_rows
 from recipes.resume import RunFolder, StageFolder
-from recipes.schema import Recipe, Stage
+from recipes.schema import Recipe, Stage, stage_rows
 from rewards.config import RewardConfig
 from rewards.normalize import RewardNormalizer
 from rewards.pool import RewardPool

@@ -11,9 +11,9 @@ from filelock import FileLock, Timeout
 from alignment.files import write_text
 from alignment.metrics import json_lines
 from alignment.tax import TaskResult, TaxRow, row_to_json, save_results
+from recipes.check import versions
 from recipes.errors import RecipeError
 from recipes.schema import Recipe, Stage, difference, resolved
-from recipes.versions import versions
 
 
 class StageFolder:

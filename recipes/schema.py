@@ -21,6 +21,7 @@ from alignment.config import (
 from recipes.errors import RecipeError, shorten
 from recipes.source import Key, Source, read_source
 from rollout.config import Config, DataConfig, RolloutConfig
+from rollout.data import load_rows
 from rollout.functions import nearest
 
 
@@ -40,23 +41,19 @@ class Stage(Config):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if len(self._given) != 1:
+        if sum(section is not None for _, section in self) != 1:
             raise ValueError(f"a stage is exactly one of: {', '.join(Stage.model_fields)}")
         return self
 
     @property
-    def _given(self) -> list[tuple[str, Any]]:
-        return [(kind, section) for kind, section in self if section is not None]
-
-    @property
     def kind(self) -> str:
         """`sft`, `reward_model`, `sample` or `grpo`."""
-        return self._given[0][0]
+        return next(kind for kind, section in self if section is not None)
 
     @property
     def config(self) -> SFTConfig | RewardModelConfig | SampleConfig | GRPOConfig:
         """The stage's own section."""
-        return self._given[0][1]
+        return self.sft or self.reward_model or self.sample or self.grpo
 
     @property
     def name(self) -> str:
@@ -77,6 +74,12 @@ class Stage(Config):
     def data(self) -> DataConfig:
         """Where the stage's rows come from."""
         return self.rollout.prompts if self.rollout else self.config.data
+
+    @property
+    def data_key(self) -> Key:
+        """Where in the stage its file or function is named."""
+        section, name = "prompts" if self.rollout else "data", "function" if self.data.path is None else "path"
+        return (self.kind, section, name)
 
     @property
     def source(self) -> str:
@@ -139,6 +142,26 @@ class Recipe(Config):
     def named(self, name: str) -> Stage:
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)
+
+
+def stage_rows(recipe: Recipe, stage: Stage, sampled: Path | None = None) -> list[dict[str, Any]]:
+    """A stage's dataset. Raises ValueError (`load_rows`), also for a row that lacks the columns its stage needs.
+
+    sampled: the folder that the stage wrote whose completions it reads, for one with `from`.
+    """
+    data = stage.data
+    if data.from_ is not None:
+        kind = "best" if stage.reward_model is None else "pairs" if stage.reward_model.loss == "pairwise" else "rows"
+        data = DataConfig(path=str(sampled / f"{kind}.jsonl"), columns=data.columns, limit=data.limit)
+    rows = load_rows(data, recipe.folder, recipe.data_folder)
+    for index, row in enumerate(rows):
+        if not any(row.keys() >= set(names) for names in stage.columns):
+            wanted = ", or ".join(" and ".join(f"`{name}`" for name in names) for names in stage.columns)
+            raise ValueError(
+                f"{stage.source}, row {index}: needs {wanted}; there are: {', '.join(row)} "
+                "(`columns: {prompt: NAME}` renames one)"
+            )
+    return rows
 
 
 def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:

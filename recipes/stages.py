@@ -21,7 +21,7 @@ from alignment.sample import sampled_rows, write_data
 from hybrid_engine.checkpoint import prune, step_dir
 from hybrid_engine.health import WorkerError
 from recipes.build import Run, build_run, build_steps
-from recipes.evaluation import evaluate, evaluate_after, evaluate_within
+from recipes.gate import evaluate, evaluate_after, evaluate_within
 from recipes.progress import StageProgress
 from recipes.report import write_report
 from recipes.resume import RunFolder, StageFolder
@@ -129,15 +129,13 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
             progress.step(done.step, metrics)
             if done.groups:
                 append(folder.samples, _samples(done))
-            if work.held_out is not None and done.step == work.total:
-                work.held_out.measure(work.total)
             due = interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < work.total)
             if due and stage.sample is None:
                 extra = {"step": done.step, **work.state()}
                 run.engine.save_checkpoint(step_dir(folder.checkpoints, done.step), extra)
             if interrupted:
                 raise KeyboardInterrupt
-        if work.held_out is not None and work.first == work.total:  # stopped right after the last step
+        if work.held_out is not None:
             work.held_out.measure(work.total)
 
 
