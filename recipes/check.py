@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from more_itertools import map_reduce
 from packaging.specifiers import SpecifierSet
 from rich.console import RenderableType
 from rich.table import Table
@@ -25,7 +27,7 @@ from hybrid_engine.layout import misfits
 from recipes.contamination import overlaps, summary
 from recipes.errors import RecipeError, shorten
 from recipes.plan import plan
-from recipes.schema import LoadedRecipe, Recipe, stage_rows
+from recipes.schema import LoadedRecipe, Recipe, Rows, stage_rows
 from recipes.source import Key
 from rewards.loader import check_reward
 from rollout.data import FILE_SUFFIXES, row_texts
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
     from alignment.evals import TaskInfo
 
-Rows = list[dict[str, Any]]
 FATES = ("cut", "dropped", "too long", "unfit", "held out")
 ASSUMPTION = "smallest drop: its interval, 95% for all of them together, leaves out zero when 20% of the items flip"
 SUPPORTED = {
@@ -49,7 +50,7 @@ SUPPORTED = {
 ALSO_WRITTEN = ("ray", "trl", "accelerate", "datasets", "lm-eval", "math-verify", "numpy", "pydantic", "tokenizers")
 
 
-def check(loaded: LoadedRecipe, contaminated: list[dict[str, Any]]) -> Iterator[RenderableType]:
+def check(loaded: LoadedRecipe, contaminated: Rows) -> Iterator[RenderableType]:
     """Check a recipe part by part and yield what a person should see of each.
 
     contaminated: gets a line for each eval whose items stand in training rows. Raises RecipeError
@@ -101,9 +102,7 @@ def check_versions() -> None:
         raise RecipeError(problems)
 
 
-def check_libraries(
-    loaded: LoadedRecipe, rows: Mapping[int, Rows], contaminated: list[dict[str, Any]]
-) -> Iterator[RenderableType]:
+def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows], contaminated: Rows) -> Iterator[RenderableType]:
     """Check the data, tokenizer, rewards and eval tasks with the libraries that read them; no model is loaded.
 
     rows: what `check_files` has read. contaminated: as in `check`. Raises RecipeError.
@@ -197,24 +196,18 @@ def _lengths(
     recipe: Recipe, rows: Mapping[int, Rows], tokenizer: PreTrainedTokenizerBase, problems: _Problems
 ) -> Table:
     """Tokens of each dataset's rows, and what is done about long ones."""
-    from alignment.reward_data import make_judged_rows
-    from alignment.sft_data import make_sft_rows
-    from rollout.prompts import check_lengths, make_prompts
+    from recipes.build import stage_items
 
-    longest = recipe.rollout.max_length
     table = Table("stage", "rows", "tokens on average", "longest", "limit")
     table.title = f"Data, with {len(tokenizer):,} token ids"
     for index, stage in enumerate(recipe.stages):
         if index not in rows:  # an earlier stage samples them
             continue
         with problems.at("stages", index, *stage.data_key):
+            items, _, counts = stage_items(recipe, stage, rows[index], tokenizer)
             if stage.rollout:
-                items = make_prompts(rows[index], tokenizer, stage.source)
-                check_lengths(items, longest, stage.rollout.max_new_tokens, stage.source)
-                limit = f"{longest - stage.rollout.max_new_tokens:,} for a prompt"
+                limit = f"{recipe.rollout.max_length - stage.rollout.max_new_tokens:,} for a prompt"
             else:
-                make_rows = make_judged_rows if stage.reward_model else make_sft_rows
-                items, *_, counts = make_rows(rows[index], tokenizer, stage.config, stage.source)
                 with problems.at("stages", index, stage.kind):
                     stage.config.check_schedule(stage.config.total_steps(len(items)))
                 fates = [f"{counts[fate]:,} {fate}" for fate in FATES if fate in counts]
@@ -227,8 +220,7 @@ def _lengths(
 
 def _evals(recipe: Recipe, tasks: Sequence[TaskInfo], problems: _Problems) -> Iterator[RenderableType]:
     """What the evals ask, and what they can see; a limit that they cannot see is a warning."""
-    names = dict.fromkeys(task.group for task in tasks if task.group)
-    groups = {name: [task.name for task in tasks if task.group == name] for name in names}
+    groups = map_reduce((task for task in tasks if task.group), attrgetter("group"), attrgetter("name"))
     drops, keep = smallest_drops({task.name: task.n for task in tasks}, groups), recipe.evals.keep
     for name in (unknown := sorted(keep.keys() - drops)):
         problems.add(("evals", "keep"), f"no benchmark or group is called `{name}`{nearest(name, drops)}")
@@ -257,9 +249,7 @@ def undetectable(keep: Mapping[str, float], drops: Mapping[str, float]) -> list[
     ]
 
 
-def _contamination(
-    recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo], contaminated: list[dict[str, Any]]
-) -> Table:
+def _contamination(recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo], contaminated: Rows) -> Table:
     """The eval items that stand in the rows of the stages, which `contaminated` gets as well."""
     items = {task.name: task.texts for task in tasks}
     texts = (

@@ -6,13 +6,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from recipes.errors import RecipeError, shorten
 from recipes.resume import GateError
-from recipes.schema import LoadedRecipe, json_schema, load_recipe
+from recipes.schema import LoadedRecipe, Rows, json_schema, load_recipe
 
 DONE, FAILED, WRONG, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -37,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(write_report(args.folder))
             case "schema":
                 print(json.dumps(json_schema(), indent=2))
-    except ValueError as error:
+    except (ValueError, GateError) as error:
         print(f"align: {error}", file=sys.stderr)
-        return WRONG
+        return GATE if isinstance(error, GateError) else WRONG
     except KeyboardInterrupt:
         again = "; the same command continues the run" if args.command == "run" else ""
         print(f"align: interrupted{again}", file=sys.stderr)
@@ -50,16 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, loaded: LoadedRecipe) -> int:
     output = args.output or Path("runs") / loaded.recipe.name
     try:
-        contaminated = _check(loaded)
+        found = _check(loaded)
         from recipes.stages import run
 
-        how = {"accept_changes": args.accept_changes, "ray_address": args.ray, "contaminated": contaminated}
-        print(run(loaded.recipe, output, **how))
-    except RecipeError:
+        print(run(loaded.recipe, output, accept_changes=args.accept_changes, ray_address=args.ray, contaminated=found))
+    except (RecipeError, GateError):
         raise
-    except GateError as error:
-        print(f"align: {error}", file=sys.stderr)
-        return GATE
     except Exception as error:
         output.mkdir(parents=True, exist_ok=True)
         log = output / "align.log"
@@ -70,11 +65,11 @@ def _run(args: argparse.Namespace, loaded: LoadedRecipe) -> int:
     return DONE
 
 
-def _check(loaded: LoadedRecipe) -> list[dict[str, Any]]:
+def _check(loaded: LoadedRecipe) -> Rows:
     """Print the check; the contaminated evals that it finds."""
     from recipes.check import check
 
-    contaminated: list[dict[str, Any]] = []
+    contaminated: Rows = []
     for section in check(loaded, contaminated):
         Console().print(section)
     return contaminated

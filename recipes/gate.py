@@ -11,6 +11,7 @@ from alignment.evals import run_evals
 from alignment.held_out import HeldOut, held_out_rows
 from alignment.metrics import append, read
 from alignment.tax import TaskResult, TaxRow, compare, load_results
+from hybrid_engine.checkpoint import step_dir
 from recipes.build import Run
 from recipes.progress import print_tax
 from recipes.resume import StageFolder
@@ -41,7 +42,7 @@ def evaluate_within(run: Run, stage: Stage, folder: StageFolder, step: int, held
         for breach in breaches(rows, recipe.evals.keep):
             run.console.print(f"{stage.name}, step {step}: {breach}", style="yellow")
     if stage.config.keep == "rollback" and recipe.evals.keep and held_out is not None:
-        run.engine.save_final(folder.candidate(step))
+        run.engine.save_final(step_dir(folder.candidates, step))
     run.engine.take_metrics()  # a step's are its own
     row["seconds"] = time.perf_counter() - begun
     append(folder.evals, [row])
@@ -86,11 +87,13 @@ def _roll_back(run: Run, stage: Stage, folder: StageFolder, before: StageFolder)
     rewards = {row["step"]: row.get("reward/held_out") for row in read(folder.evals)} if folder.evals.is_file() else {}
 
     def broken(step: int) -> list[str]:
-        run.engine.load(folder.candidate(step), run.folder.tokenizer, stage.config)
+        run.engine.load(step_dir(folder.candidates, step), run.folder.tokenizer, stage.config)
         found[step] = evaluate(run)
         return breaches(compare(start, found[step][0]), run.recipe.evals.keep)
 
-    step = choose_checkpoint({at: reward for at, reward in rewards.items() if folder.candidate(at).is_dir()}, broken)
+    step = choose_checkpoint(
+        {at: reward for at, reward in rewards.items() if step_dir(folder.candidates, at).is_dir()}, broken
+    )
     if step is None:
         step, found[0] = 0, (start, read(before.results.with_name("samples.jsonl")))
         weights = before.final if before.final.is_dir() else run.start
