@@ -25,10 +25,9 @@ from rich.text import Text
 from alignment.metrics import check_trackers
 from hybrid_engine.layout import misfits
 from recipes.contamination import overlaps, summary
-from recipes.errors import RecipeError, shorten
 from recipes.plan import plan
 from recipes.schema import LoadedRecipe, Recipe, Rows, stage_rows
-from recipes.source import Key
+from recipes.source import Key, RecipeError, shorten
 from rewards.loader import check_reward
 from rollout.data import FILE_SUFFIXES, row_texts
 from rollout.functions import nearest

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from recipes.errors import RecipeError, shorten
 from recipes.resume import GateError
 from recipes.schema import LoadedRecipe, Rows, json_schema, load_recipe
+from recipes.source import RecipeError, shorten
 
 DONE, FAILED, WRONG, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 

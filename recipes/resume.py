@@ -12,8 +12,8 @@ from alignment.files import write_text
 from alignment.metrics import json_lines
 from alignment.tax import TaskResult, TaxRow, row_to_json, save_results
 from recipes.check import versions
-from recipes.errors import RecipeError
 from recipes.schema import Recipe, Stage, difference, resolved
+from recipes.source import RecipeError
 
 
 class StageFolder:

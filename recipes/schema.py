@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import alignment.config as configs
-from recipes.errors import RecipeError, shorten
-from recipes.source import Key, Source, read_source
+from recipes.source import Key, RecipeError, Source, read_source, shorten
 from rollout.config import Config, DataConfig, RolloutConfig
 from rollout.data import load_rows
 from rollout.functions import nearest

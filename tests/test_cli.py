@@ -13,9 +13,9 @@ import pytest
 
 from recipes import check
 from recipes.cli import describe, main
-from recipes.errors import RecipeError
 from recipes.resume import RunFolder
 from recipes.schema import load_recipe
+from recipes.source import RecipeError
 
 RECIPE = "name: small\nmodel: {init: {}}\nstages:\n  - sft: {data: {path: pairs.jsonl}, steps: 3}\n"
 Run = Callable[..., None]

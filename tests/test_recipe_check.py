@@ -12,9 +12,9 @@ from rich.console import Console
 
 from alignment.tax import detectable_drop
 from recipes.check import check, check_files, check_libraries
-from recipes.errors import RecipeError
 from recipes.plan import plan
 from recipes.schema import load_recipe
+from recipes.source import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """\
