@@ -3,15 +3,13 @@
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from alignment.config import SFTConfig
 from alignment.grpo import HeldOut, grpo
 from alignment.metrics import atomic_directory, read
 from alignment.model import build_model, check_classifier, load_tokenizer, model_config, model_source, save_model_dir
@@ -21,10 +19,8 @@ from alignment.sample import sample
 from alignment.sft import make_sft_rows, sft
 from hybrid_engine.checkpoint import latest_checkpoint
 from hybrid_engine.engine import HybridEngine
-from recipes.data import stage_rows
 from recipes.resume import RunFolder, StageFolder
-from recipes.schema import Recipe, Stage
-from rewards.config import RewardConfig
+from recipes.schema import Recipe, Rows, Stage, stage_rows
 from rewards.normalize import RewardNormalizer
 from rewards.pool import RewardPool
 from rollout.data import row_texts
@@ -35,8 +31,7 @@ MOST_HELD_OUT = 128
 """Prompts on which a GRPO stage's held-out reward is measured, at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """What every stage of a run shares. start: the model directory of the first stage. rows: each stage's dataset, by
     its name, but for those that a stage is yet to sample."""
 
@@ -45,7 +40,7 @@ class Run:
     console: Console
     tokenizer: PreTrainedTokenizerBase
     start: Path
-    rows: dict[str, list[dict[str, Any]]]
+    rows: dict[str, Rows]
     engine: HybridEngine
 
 
@@ -63,7 +58,7 @@ def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: 
         with atomic_directory(folder.tokenizer) as new:
             tokenizer.save_pretrained(new)
     source = model_source(recipe.model, recipe.folder)
-    start = folder.initial if source is None else Path(source)
+    start = folder.path / "initial" if source is None else Path(source)
     if source is None and not start.is_dir():
         model = build_model(model_config(recipe.model, tokenizer, recipe.folder), recipe.seed)
         save_model_dir(model, tokenizer, start)
@@ -72,8 +67,7 @@ def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: 
     return Run(recipe, folder, console, tokenizer, start, rows, engine)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """A stage's steps still to do, in order: those after `first`, up to `total`. state: what a checkpoint between two
     steps needs besides the policy, as plain values."""
 
@@ -84,34 +78,20 @@ class Work:
     held_out: HeldOut | None = None
 
 
-def build_steps(run: Run, stage: Stage, folder: StageFolder, stack: ExitStack) -> Work:
-    """The stage's steps, from its newest checkpoint on.
+def stage_items(
+    recipe: Recipe, stage: Stage, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Any], list[Any], dict[str, int]]:
+    """What a stage trains on or samples from, what of it is held out, and counts of what happened to the rows.
 
-    Raises ValueError for a prompt that leaves no room for a completion, and for data that are not the checkpoint's.
+    Raises ValueError for rows that cannot be read, and for a prompt that leaves no room for a completion.
     """
-    config, rows = stage.config, run.rows.get(stage.name)
-    if rows is None:  # an earlier stage has sampled them by now
-        rows = stage_rows(run.recipe, stage, run.folder.stage(run.recipe.named(stage.data.from_)).final)
-    if stage.rollout is not None:
-        return _rollout_steps(run, stage, rows, folder, stack)
-    if isinstance(config, SFTConfig):
-        items, counts = make_sft_rows(rows, run.tokenizer, config, stage.source)
-    else:
-        items, held_out, counts = make_judged_rows(rows, run.tokenizer, config, stage.source)
-    stream = Stream(items, config.batch_size, _seed(run, stage))
-    run.console.print(f"{stage.name}: {', '.join(f'{value:,} {name}' for name, value in counts.items())}")
-    total, first = config.total_steps(len(items)), _resume(run, folder, stream)
-    if isinstance(config, SFTConfig):
-        steps = sft(run.engine, stream, config, total, first + 1)
-    else:
-        steps = reward_model(run.engine, stream, held_out, config, total, first + 1)
-    return Work(steps, first, total, lambda: {"stream": stream.state()})
-
-
-def _rollout_steps(run: Run, stage: Stage, rows: list[dict[str, Any]], folder: StageFolder, stack: ExitStack) -> Work:
-    recipe, config, seed = run.recipe, stage.rollout, _seed(run, stage)
-    prompts = make_prompts(rows, run.tokenizer, stage.source)
-    check_lengths(prompts, recipe.rollout.max_length, config.max_new_tokens, stage.source)
+    if stage.sft:
+        items, counts = make_sft_rows(rows, tokenizer, stage.sft, stage.source)
+        return items, [], counts
+    if stage.reward_model:
+        return make_judged_rows(rows, tokenizer, stage.reward_model, stage.source)
+    prompts = make_prompts(rows, tokenizer, stage.source)
+    check_lengths(prompts, recipe.rollout.max_length, stage.config.max_new_tokens, stage.source)
     share = stage.grpo.held_out if stage.grpo else 0.0
     held_out = list({str(p.text): p for p in prompts if is_held_out(p.text, share)}.values())[:MOST_HELD_OUT]
     prompts = [p for p in prompts if not is_held_out(p.text, share)]
@@ -119,11 +99,39 @@ def _rollout_steps(run: Run, stage: Stage, rows: list[dict[str, Any]], folder: S
         raise ValueError(
             f"{stage.source}: `held_out: {share:g}` leaves {len(prompts)} prompts and {len(held_out)} held out"
         )
-    stream = Stream(prompts, config.prompts_per_step, seed)
-    total = -(-len(prompts) // config.prompts_per_step) if stage.grpo is None else stage.grpo.steps
-    models = {r.label: run.engine.reward_model(r, _classifier(run, r)) for r in config.rewards if r.function is None}
+    return prompts, held_out, {}
+
+
+def build_steps(run: Run, stage: Stage, folder: StageFolder, stack: ExitStack) -> Work:
+    """The stage's steps, from its newest checkpoint on. stack: closes what the steps need.
+
+    Raises ValueError as `stage_items` does, and for data that are not the checkpoint's.
+    """
+    recipe, config, rows = run.recipe, stage.config, run.rows.get(stage.name)
+    if rows is None:  # an earlier stage has sampled them by now
+        rows = stage_rows(recipe, stage, run.folder.stage(recipe.named(stage.data.from_)).final)
+    items, held_out, counts = stage_items(recipe, stage, rows, run.tokenizer)
+    seed = recipe.seed * 1_000_003 + zlib.crc32(stage.name.encode())  # stages draw different numbers
+    stream = Stream(items, config.prompts_per_step if stage.rollout else config.batch_size, seed)
+    if not stage.rollout:
+        run.console.print(f"{stage.name}: {', '.join(f'{value:,} {name}' for name, value in counts.items())}")
+        total, first = config.total_steps(len(items)), _resume(run, folder, stream)
+        if stage.sft:
+            steps = sft(run.engine, stream, config, total, first + 1)
+        else:
+            steps = reward_model(run.engine, stream, held_out, config, total, first + 1)
+        return Work(steps, first, total, lambda: {"stream": stream.state()})
+    total = -(-len(items) // config.prompts_per_step) if stage.grpo is None else stage.grpo.steps
+    models, fixed = {}, {}
+    for reward in config.rewards:
+        judge = run.folder.stage(recipe.named(reward.model)) if reward.model is not None else None
+        if reward.function is None:
+            path = str(judge.final) if judge else check_classifier(reward.path, recipe.folder)
+            models[reward.label] = run.engine.reward_model(reward, path)
+        if reward.normalize == "held_out":  # by the scores that it gave its held-out rows
+            last = read(judge.metrics)[-1]
+            fixed[reward.label] = last["held_out/score"], last["held_out/score_std"]
     scorer = stack.enter_context(RewardPool(config.rewards, recipe.folder, total, models))
-    fixed = {r.label: _held_out_scale(run, r) for r in config.rewards if r.normalize == "held_out"}
     normalize = RewardNormalizer(config.rewards, fixed)
     sampling = Sampling(config.completions, config.max_new_tokens, config.temperature, seed)
     if stage.grpo is None:  # its weights stay as they are, and its rows are in a file: no checkpoints
@@ -134,30 +142,9 @@ def _rollout_steps(run: Run, stage: Stage, rows: list[dict[str, Any]], folder: S
         return Work(steps, first, total, dict)
     first = _resume(run, folder, stream, normalize)
     steps = grpo(run.engine, stream, stage.grpo, sampling, scorer, first + 1, normalize)
-    measure = (
-        HeldOut(run.engine, held_out, sampling, scorer, config.rewards, fixed, folder.held_out, config.truncated)
-        if share
-        else None
-    )
-    return Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": dict(normalize.running)}, measure)
-
-
-def _seed(run: Run, stage: Stage) -> int:
-    """Stages draw different numbers."""
-    return run.recipe.seed * 1_000_003 + zlib.crc32(stage.name.encode())
-
-
-def _classifier(run: Run, reward: RewardConfig) -> str:
-    """Where the model of a reward lies."""
-    if reward.model is not None:
-        return str(run.folder.stage(run.recipe.named(reward.model)).final)
-    return check_classifier(reward.path, run.recipe.folder)
-
-
-def _held_out_scale(run: Run, reward: RewardConfig) -> tuple[float, float]:
-    """Mean and spread of the scores that a reward model gave its held-out rows."""
-    last = read(run.folder.stage(run.recipe.named(reward.model)).metrics)[-1]
-    return last["held_out/score"], last["held_out/score_std"]
+    work = Work(steps, first, total, lambda: {"stream": stream.state(), "rewards": dict(normalize.running)})
+    measure = HeldOut(run.engine, held_out, sampling, scorer, config.rewards, fixed, folder.held_out, config.truncated)
+    return work._replace(held_out=measure) if held_out else work
 
 
 def _resume(run: Run, folder: StageFolder, stream: Stream[Any], normalize: RewardNormalizer | None = None) -> int:

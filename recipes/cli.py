@@ -4,15 +4,14 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 
-from recipes.errors import RecipeError, shorten
 from recipes.resume import GateError
-from recipes.schema import LoadedRecipe, json_schema, load_recipe
+from recipes.schema import LoadedRecipe, Rows, json_schema, load_recipe
+from recipes.source import RecipeError, shorten
 
 DONE, FAILED, WRONG, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -23,43 +22,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         match args.command:
             case "run":
-                return _run(args)
+                return _run(args, load_recipe(args.recipe, args.overrides))
             case "check":
-                _print_check(load_recipe(args.recipe, args.overrides))
+                _check(load_recipe(args.recipe, args.overrides))
             case "plan":
                 from recipes.scale import scale
 
-                _print(scale(load_recipe(args.recipe, args.overrides), args.cluster))
+                for section in scale(load_recipe(args.recipe, args.overrides), args.cluster):
+                    Console().print(section)
             case "report":
                 from recipes.report import write_report
 
                 print(write_report(args.folder))
             case "schema":
                 print(json.dumps(json_schema(), indent=2))
-        return DONE
-    except ValueError as error:
+    except (ValueError, GateError) as error:
         print(f"align: {error}", file=sys.stderr)
-        return WRONG
+        return GATE if isinstance(error, GateError) else WRONG
     except KeyboardInterrupt:
         again = "; the same command continues the run" if args.command == "run" else ""
         print(f"align: interrupted{again}", file=sys.stderr)
         return INTERRUPTED
+    return DONE
 
 
-def _run(args: argparse.Namespace) -> int:
-    loaded = load_recipe(args.recipe, args.overrides)
+def _run(args: argparse.Namespace, loaded: LoadedRecipe) -> int:
     output = args.output or Path("runs") / loaded.recipe.name
     try:
-        contaminated = _print_check(loaded)
+        found = _check(loaded)
         from recipes.stages import run
 
-        how = {"accept_changes": args.accept_changes, "ray_address": args.ray, "contaminated": contaminated}
-        print(run(loaded.recipe, output, **how))
-    except RecipeError:
+        print(run(loaded.recipe, output, accept_changes=args.accept_changes, ray_address=args.ray, contaminated=found))
+    except (RecipeError, GateError):
         raise
-    except GateError as error:
-        print(f"align: {error}", file=sys.stderr)
-        return GATE
     except Exception as error:
         output.mkdir(parents=True, exist_ok=True)
         log = output / "align.log"
@@ -70,19 +65,14 @@ def _run(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _print_check(loaded: LoadedRecipe) -> list[dict[str, Any]]:
-    """The contaminated evals that it finds."""
+def _check(loaded: LoadedRecipe) -> Rows:
+    """Print the check; the contaminated evals that it finds."""
     from recipes.check import check
 
-    contaminated: list[dict[str, Any]] = []
-    _print(check(loaded, contaminated))
+    contaminated: Rows = []
+    for section in check(loaded, contaminated):
+        Console().print(section)
     return contaminated
-
-
-def _print(sections: Iterator[RenderableType]) -> None:
-    console = Console()
-    for section in sections:
-        console.print(section)
 
 
 def describe(error: BaseException) -> str:
@@ -110,14 +100,9 @@ def _parser() -> argparse.ArgumentParser:
 
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe's YAML file")
+    what = "replace keys of the recipe; values are YAML: rollout.max_length=256 stages.1.grpo.steps=20"
     recipe.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace keys of the recipe; values are YAML: rollout.max_length=256 stages.1.grpo.steps=20",
+        "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=what
     )
     run = commands.add_parser("run", parents=[recipe], help="run a recipe, or go on where its run stopped")
     run.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: ./runs/NAME)")

@@ -41,7 +41,7 @@ def sft_rows(say: int, reversing: int, seed: int = 0, **others: int) -> list[dic
     rows = [row | {"completion": f" {_say(row['prompt'], rng)}"} for row in prompts(say, seed)]
     for row in skills.skill_prompts("reversing", reversing, seed):
         rows.append(row | {"completion": f" {_with_faults(row['answer'].split(), rng)}"})
-    rows += skills.sft_rows(**{"addition": 0, "sorting": 0, **others}, reversing=0, seed=seed)
+    rows += skills.sft_rows(**others, seed=seed)
     rng.shuffle(rows)
     return rows
 

@@ -1,9 +1,8 @@
 """What a person sees while a stage runs: a live line on a terminal, a plain line now and then elsewhere."""
 
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console
@@ -24,35 +23,29 @@ class StageProgress(Progress):
     On a terminal one live line; elsewhere the first and the last step and at most one line every EVERY seconds.
     """
 
-    def __init__(
-        self, name: str, total: int, console: Console, *, first: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, name: str, total: int, console: Console, *, first: int = 0) -> None:
         bar = (SpinnerColumn(), "[bold]{task.description}", BarColumn(24, complete_style="cyan"), "{task.fields[line]}")
-        super().__init__(*bar, console=console, get_time=clock, disable=not console.is_terminal)
+        super().__init__(*bar, console=console, disable=not console.is_terminal)
         self._stage = self.add_task(name, total=total, completed=first, line="starting")
-        self._total = total
-        self._recent = deque([(clock(), 0.0)], maxlen=WINDOW + 1)  # (time, tokens so far) after each step
+        self._recent = deque([(self.get_time(), 0.0)], maxlen=WINDOW + 1)  # (time, tokens so far) after each step
         self._printed = -math.inf
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` (from 1) is done, with its metrics."""
-        now = self.get_time()
+        now, total = self.get_time(), self.tasks[0].total
         self._recent.append((now, self._recent[-1][1] + step_tokens(metrics)))
-        line = self._line(step, metrics)
-        self.update(self._stage, completed=step, line=line)
-        if self.disable and (step == self._total or now - self._printed >= EVERY):
-            self._printed = now
-            self.console.print(Text(f"{self.tasks[0].description}  {line}"), soft_wrap=True)
-
-    def _line(self, step: int, metrics: Mapping[str, float]) -> str:
-        parts = [f"{step:>{len(str(self._total))}}/{self._total}"]
-        shown = ("reward/mean", "kl", "mismatch/k3") if "reward/mean" in metrics else ("loss",)
-        parts += [f"{key.split('/')[0]} {format_number(metrics[key])}" for key in shown if key in metrics]
         seconds, tokens = (last - first for first, last in zip(self._recent[0], self._recent[-1], strict=True))
+        shown = ("reward/mean", "kl", "mismatch/k3") if "reward/mean" in metrics else ("loss",)
+        parts = [f"{step:>{len(str(total))}}/{total}"]
+        parts += [f"{key.split('/')[0]} {format_number(metrics[key])}" for key in shown if key in metrics]
         if tokens and seconds:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
-        left = (self._total - step) * seconds / (len(self._recent) - 1)
-        return " · ".join([*parts, f"{format_seconds(left)} left" if step < self._total else "done"])
+        left = (total - step) * seconds / (len(self._recent) - 1)
+        line = " · ".join([*parts, f"{format_seconds(left)} left" if step < total else "done"])
+        self.update(self._stage, completed=step, line=line)
+        if self.disable and (step == total or now - self._printed >= EVERY):
+            self._printed = now
+            self.console.print(Text(f"{self.tasks[0].description}  {line}"), soft_wrap=True)
 
 
 def step_tokens(metrics: Mapping[str, float]) -> float:

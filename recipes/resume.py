@@ -10,9 +10,9 @@ from filelock import FileLock, Timeout
 
 from alignment.metrics import json_lines, write_text
 from alignment.tax import TaskResult, TaxRow, row_to_json, save_results
-from recipes.errors import RecipeError
+from recipes.check import versions
 from recipes.schema import Recipe, Stage, difference, resolved
-from recipes.versions import versions
+from recipes.source import RecipeError
 
 
 class StageFolder:
@@ -20,8 +20,8 @@ class StageFolder:
 
     experts: each step's load of every expert. rows: what a `sample` stage has so far. final: a Transformers directory,
     or what the stage sampled; there when it is done. results: of the evals after it, by item; there when they are
-    complete. evals: those within the stage. held_out: its reward on held-out prompts. breached: the evals that made it
-    go back, to the step in rolled_back.
+    complete. evals: those within the stage. held_out: its reward on held-out prompts. candidates: the weights at these
+    evals, to which it may have to go back. breached: the evals that made it, to the step in rolled_back.
     """
 
     def __init__(self, run_dir: Path, number: int, name: str) -> None:
@@ -40,10 +40,6 @@ class StageFolder:
         self.breached = path / "evals-breached"
         self.rolled_back = path / "rolled_back"
 
-    def candidate(self, step: int) -> Path:
-        """The weights after an eval within the stage, to which it may have to go back."""
-        return self.candidates / f"step-{step:08d}"
-
     def save_evals(self, results: list[TaskResult], samples: list[dict[str, Any]]) -> None:
         """Every sample first, the results last: they say that the evals are complete."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
@@ -56,17 +52,13 @@ class GateError(RuntimeError):
 
 
 class RunFolder:
-    """One run's folder; held open (and locked against a second run) while the run goes on.
-
-    initial: the policy before the first stage, where the recipe makes it from scratch.
-    """
+    """One run's folder; held open (and locked against a second run) while the run goes on."""
 
     def __init__(self, path: Path, recipe: Recipe, *, accept_changes: bool) -> None:
         """Begin or continue a run. Raises RecipeError when the recipe has changed, or another process runs here."""
         self.recipe = recipe
         self.path = path = path.resolve()  # actors have another working directory, the recipe another base
         path.mkdir(parents=True, exist_ok=True)
-        self.initial = path / "initial"
         self.tokenizer = path / "tokenizer"
         self._lock = FileLock(path / ".lock")
         try:
@@ -89,7 +81,7 @@ class RunFolder:
     def is_done(self, stage: Stage) -> bool:
         """Whether its weights are there and, if there are evals, its table: the last thing that a stage writes."""
         folder, tables = self.stage(stage), self._tables(stage)
-        broken = any(table.get("gate") for table in tables) and not folder.rolled_back.is_file()
+        broken = any(table["gate"] for table in tables) and not folder.rolled_back.is_file()
         judged = tables and not (broken and stage.config.keep == "rollback")
         return folder.final.is_dir() and bool(judged or not (stage.is_policy and self.recipe.evals.tasks))
 
@@ -107,7 +99,7 @@ class RunFolder:
 
     def check_gate(self, stage: Stage) -> None:
         """Raise GateError where a finished stage broke a limit, and says `keep: stop`."""
-        broken = [line for table in self._tables(stage) for line in table.get("gate", [])]
+        broken = [line for table in self._tables(stage) for line in table["gate"]]
         if broken and stage.config.keep == "stop":
             raise GateError(f"{stage.name}: {'; '.join(broken)} (`keep: stop`; `keep: warn` goes on)")
 

@@ -17,8 +17,8 @@ from hybrid_engine.footprint import Model, model_of
 from hybrid_engine.forecast import Work
 from hybrid_engine.layout import misfits
 from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
-from recipes.errors import RecipeError, shorten
 from recipes.schema import LoadedRecipe, Recipe, Stage
+from recipes.source import RecipeError, shorten
 
 
 def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableType]:

@@ -1,27 +1,18 @@
 """The recipe: the sections of those who read them, in one file that a person writes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from alignment.config import (
-    EvalConfig,
-    GRPOConfig,
-    ModelConfig,
-    RewardModelConfig,
-    RolloutStageConfig,
-    SampleConfig,
-    SFTConfig,
-    TrackerKind,
-    TrainConfig,
-)
-from recipes.errors import RecipeError, shorten
-from recipes.source import Key, Source, read_source
+import alignment.config as configs
+from recipes.source import Key, RecipeError, Source, read_source, shorten
 from rollout.config import Config, DataConfig, RolloutConfig
+from rollout.data import load_rows
 from rollout.functions import nearest
+
+Rows = list[dict[str, Any]]
 
 
 class Stage(Config):
@@ -29,34 +20,30 @@ class Stage(Config):
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
-    sft: SFTConfig | None = Field(None, exclude_if=lambda value: value is None)
+    sft: configs.SFTConfig | None = Field(None, exclude_if=lambda value: value is None)
     """Supervised fine-tuning."""
-    reward_model: RewardModelConfig | None = Field(None, exclude_if=lambda value: value is None)
+    reward_model: configs.RewardModelConfig | None = Field(None, exclude_if=lambda value: value is None)
     """A reward model from preferences or judged completions."""
-    sample: SampleConfig | None = Field(None, exclude_if=lambda value: value is None)
+    sample: configs.SampleConfig | None = Field(None, exclude_if=lambda value: value is None)
     """Scored completions as data for later stages."""
-    grpo: GRPOConfig | None = Field(None, exclude_if=lambda value: value is None)
+    grpo: configs.GRPOConfig | None = Field(None, exclude_if=lambda value: value is None)
     """Online GRPO."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if len(self._given) != 1:
+        if sum(section is not None for _, section in self) != 1:
             raise ValueError(f"a stage is exactly one of: {', '.join(Stage.model_fields)}")
         return self
 
     @property
-    def _given(self) -> list[tuple[str, Any]]:
-        return [(kind, section) for kind, section in self if section is not None]
-
-    @property
     def kind(self) -> str:
         """`sft`, `reward_model`, `sample` or `grpo`."""
-        return self._given[0][0]
+        return next(kind for kind, section in self if section is not None)
 
     @property
-    def config(self) -> SFTConfig | RewardModelConfig | SampleConfig | GRPOConfig:
+    def config(self) -> configs.SFTConfig | configs.RewardModelConfig | configs.SampleConfig | configs.GRPOConfig:
         """The stage's own section."""
-        return self._given[0][1]
+        return self.sft or self.reward_model or self.sample or self.grpo
 
     @property
     def name(self) -> str:
@@ -69,7 +56,7 @@ class Stage(Config):
         return self.sft is not None or self.grpo is not None
 
     @property
-    def rollout(self) -> RolloutStageConfig | None:
+    def rollout(self) -> configs.RolloutStageConfig | None:
         """Its section, if it samples."""
         return self.grpo or self.sample
 
@@ -77,6 +64,12 @@ class Stage(Config):
     def data(self) -> DataConfig:
         """Where the stage's rows come from."""
         return self.rollout.prompts if self.rollout else self.config.data
+
+    @property
+    def data_key(self) -> Key:
+        """Where in the stage its file or function is named."""
+        section, name = "prompts" if self.rollout else "data", "function" if self.data.path is None else "path"
+        return (self.kind, section, name)
 
     @property
     def source(self) -> str:
@@ -106,15 +99,15 @@ class Recipe(Config):
     """Folder that relative paths are read from (default, and itself relative to: the recipe's own folder)."""
     data_dir: str | None = None
     """Folder that relative `path`s of data are read from (default: `base_dir`)."""
-    model: ModelConfig
+    model: configs.ModelConfig
     """The policy before the first stage."""
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: configs.TrainConfig = Field(default_factory=configs.TrainConfig)
     """The training ranks."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """The inference engines."""
-    evals: EvalConfig = Field(default_factory=EvalConfig)
+    evals: configs.EvalConfig = Field(default_factory=configs.EvalConfig)
     """Benchmarks, measured before the first and after every policy stage."""
-    trackers: tuple[TrackerKind, ...] = ()
+    trackers: tuple[configs.TrackerKind, ...] = ()
     """Where metrics go besides the run folder."""
     stages: tuple[Stage, ...] = Field(min_length=1)
     """The stages in their order, each `- kind: {...}`."""
@@ -139,6 +132,26 @@ class Recipe(Config):
     def named(self, name: str) -> Stage:
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)
+
+
+def stage_rows(recipe: Recipe, stage: Stage, sampled: Path | None = None) -> Rows:
+    """A stage's dataset. Raises ValueError (`load_rows`), also for a row that lacks the columns its stage needs.
+
+    sampled: the folder that the stage wrote whose completions it reads, for one with `from`.
+    """
+    data = stage.data
+    if data.from_ is not None:
+        kind = "best" if stage.reward_model is None else "pairs" if stage.reward_model.loss == "pairwise" else "rows"
+        data = DataConfig(path=str(sampled / f"{kind}.jsonl"), columns=data.columns, limit=data.limit)
+    rows = load_rows(data, recipe.folder, recipe.data_folder)
+    for index, row in enumerate(rows):
+        if not any(row.keys() >= set(names) for names in stage.columns):
+            wanted = ", or ".join(" and ".join(f"`{name}`" for name in names) for names in stage.columns)
+            raise ValueError(
+                f"{stage.source}, row {index}: needs {wanted}; there are: {', '.join(row)} "
+                "(`columns: {prompt: NAME}` renames one)"
+            )
+    return rows
 
 
 def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
@@ -181,8 +194,7 @@ def _references(stage: Stage) -> Iterator[tuple[Key, str, str]]:
     yield from ((key, kind, name) for key, kind, name in named if name is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedRecipe:
+class LoadedRecipe(NamedTuple):
     """A valid recipe and the text it came from, for messages that name file, line and key."""
 
     recipe: Recipe

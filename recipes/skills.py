@@ -9,7 +9,10 @@ import random
 import string
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any
+
+from more_itertools import unique_everseen
 
 Skill = Callable[[random.Random], tuple[str, str]]
 HELD_OUT_ONE_IN = 10
@@ -38,10 +41,10 @@ def reversing(rng: random.Random) -> tuple[str, str]:
 SKILLS = {"addition": addition, "sorting": sorting, "reversing": reversing}
 
 
-def sft_rows(addition: int, sorting: int, reversing: int, seed: int = 0) -> list[dict[str, str]]:
+def sft_rows(addition: int = 0, sorting: int = 0, reversing: int = 0, seed: int = 0) -> list[dict[str, str]]:
     """Distinct training rows of each skill, mixed: `prompt`, `completion` (a space, then the answer) and `answer`."""
-    counts = {"addition": addition, "sorting": sorting, "reversing": reversing}
-    rows = [row for skill, count in counts.items() for row in _distinct(skill, count, f"training {seed}", False)]
+    counts = zip(SKILLS, (addition, sorting, reversing), strict=True)
+    rows = [row for skill, count in counts for row in _distinct(skill, count, f"training {seed}", False)]
     random.Random(f"mix {seed}").shuffle(rows)
     return rows
 
@@ -53,8 +56,6 @@ def skill_prompts(skill: str, count: int, seed: int = 0) -> list[dict[str, str]]
 
 def eval_rows(skill: str, count: int = 500) -> list[dict[str, str]]:
     """`count` distinct held-out rows of one skill, always the same; a shorter list is the start of a longer one."""
-    if skill not in SKILLS:
-        raise ValueError(f"unknown skill `{skill}`; there are: {', '.join(SKILLS)}")
     return _distinct(skill, count, "held out 0", True)
 
 
@@ -95,15 +96,8 @@ def problems(draw: Skill, seed: str, *, held_out: bool) -> Iterator[dict[str, st
 
 
 def _distinct(skill: str, count: int, seed: str, held_out: bool) -> list[dict[str, str]]:
-    if count < 0:
-        raise ValueError(f"{skill}: cannot make {count} rows")
-    rows: dict[str, dict[str, str]] = {}
-    drawn = problems(SKILLS[skill], f"{skill} {seed}", held_out=held_out)
-    for row in islice(drawn, PATIENCE * count):
-        completed = {"prompt": row["prompt"], "completion": f" {row['answer']}", "answer": row["answer"]}
-        rows.setdefault(row["prompt"], completed)
-        if len(rows) == count:
-            break
+    drawn = islice(problems(SKILLS[skill], f"{skill} {seed}", held_out=held_out), PATIENCE * count)
+    rows = list(islice(unique_everseen(drawn, key=itemgetter("prompt")), count))
     if len(rows) < count:
         raise ValueError(f"{skill}: asked for {count} distinct rows, found {len(rows)}; ask for fewer")
-    return list(rows.values())
+    return [{"prompt": row["prompt"], "completion": f" {row['answer']}", "answer": row["answer"]} for row in rows]

@@ -1,20 +1,32 @@
-"""A YAML file as plain values, and where each of them was written: what error messages point at."""
+"""A YAML file as plain values, where each of them was written, and the errors that point there."""
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from recipes.errors import RecipeError, shorten
-
 Key = tuple[str | int, ...]
+SCREEN = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class RecipeError(ValueError):
+    """The recipe or the command line is wrong (exit code 2). The text names every problem, at most a screen of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        more = [f"... and {len(problems) - SCREEN} more"] if len(problems) > SCREEN else []
+        super().__init__("\n".join([*problems[:SCREEN], *more]))
+
+
+def shorten(text: str, lines: int = 4, width: int = 300) -> str:
+    """The first `lines` lines of `text`, at most `width` characters of each."""
+    kept = text.strip().splitlines()
+    dots = ["..."] if len(kept) > lines else []
+    return "\n".join([line if len(line) <= width else line[:width] + "..." for line in kept[:lines]] + dots)
+
+
+class Source(NamedTuple):
     """values: the mapping of the file, overrides applied. origins: `file:line` or the override that wrote a key."""
 
     values: Mapping[str, Any]
@@ -40,23 +52,16 @@ def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
     values, origins = _read(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError([f"{path}: a recipe is a YAML mapping (`name: ...`, `model: ...`, ...)"])
-    problems = []
     for override in overrides:
         try:
             _apply(values, origins, override)
         except ValueError as error:
-            problems.append(f"--set {override}: {error}")
-    if problems:
-        raise RecipeError(problems)
+            raise RecipeError([f"--set {override}: {error}"]) from None
     return Source(values, origins)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that stand twice; `1e-6` is a number, as in YAML 1.2. origins: `name:line` of every key."""
-
-    def __init__(self, text: str, name: str) -> None:
-        super().__init__(text)
-        self.name, self.origins = name, dict[Key, str]()
+    """Refuses keys that stand twice; `1e-6` is a number, as in YAML 1.2."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -69,27 +74,28 @@ class _Loader(yaml.SafeLoader):
             names.add(key.value)
         return node
 
-    def plain(self, node: yaml.Node, mark: yaml.Mark, key: Key) -> Any:
-        """The values of a node whose `key` stands at `mark`; nothing is shared between aliases."""
-        self.origins[key] = f"{self.name}:{mark.line + 1}"
-        if isinstance(node, yaml.MappingNode):
-            self.flatten_mapping(node)
-            return {part.value: self.plain(child, part.start_mark, (*key, part.value)) for part, child in node.value}
-        if isinstance(node, yaml.SequenceNode):
-            return [self.plain(child, child.start_mark, (*key, index)) for index, child in enumerate(node.value)]
-        return self.construct_object(node)
-
 
 _EXPONENT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def _read(text: str, name: str) -> tuple[Any, dict[Key, str]]:
-    """Values of a YAML text, and `name:line` of every key."""
+    """Values of a YAML text, of which nothing is shared between aliases, and `name:line` of every key."""
+    origins: dict[Key, str] = {}
+
+    def plain(node: yaml.Node, mark: yaml.Mark, key: Key) -> Any:
+        origins[key] = f"{name}:{mark.line + 1}"
+        if isinstance(node, yaml.MappingNode):
+            loader.flatten_mapping(node)
+            return {part.value: plain(child, part.start_mark, (*key, part.value)) for part, child in node.value}
+        if isinstance(node, yaml.SequenceNode):
+            return [plain(child, child.start_mark, (*key, index)) for index, child in enumerate(node.value)]
+        return loader.construct_object(node)
+
     try:
-        loader = _Loader(text, name)
+        loader = _Loader(text)
         node = loader.get_single_node()
-        return node and loader.plain(node, node.start_mark, ()), loader.origins
+        return node and plain(node, node.start_mark, ()), origins
     except yaml.MarkedYAMLError as error:
         raise RecipeError([f"{name}:{error.problem_mark.line + 1}: not YAML: {error.problem}"]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last: an alias inside itself

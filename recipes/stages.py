@@ -20,7 +20,7 @@ from alignment.sample import sampled_rows, write_data
 from hybrid_engine.checkpoint import prune, step_dir
 from hybrid_engine.health import WorkerError
 from recipes.build import Run, build_run, build_steps
-from recipes.evaluation import evaluate, evaluate_after, evaluate_within
+from recipes.gate import evaluate, evaluate_after, evaluate_within
 from recipes.progress import StageProgress
 from recipes.report import write_report
 from recipes.resume import RunFolder, StageFolder
@@ -63,37 +63,28 @@ def run(
 
 
 def _run_stage(run: Run, stage: Stage) -> None:
-    """Train the stage, evaluate it, and compare it with the policy that it started from; what of it is not done yet."""
+    """Train the stage, write what later ones start from, evaluate it, and compare it with the policy that it started
+    from; what of it is not done yet."""
     recipe, start, folder = run.recipe, run.recipe.start_of(stage), run.folder.stage(stage)
     if not folder.final.is_dir():
-        weights = run.folder.stage(start).final if start else run.start
-        run.engine.load(weights, run.folder.tokenizer, stage.config, _reference(run, stage, weights))
+        weights, reference = run.folder.stage(start).final if start else run.start, None
+        if stage.grpo and stage.grpo.kl > 0:
+            named = stage.grpo.reference
+            reference = run.folder.stage(recipe.named(named)).final if named else weights
+        run.engine.load(weights, run.folder.tokenizer, stage.config, reference)
         _train(run, stage, folder)
-        _finish(run, stage, folder)
+        if stage.sample is None:
+            run.engine.save_final(folder.final)
+        else:
+            counts = write_data(folder.rows, folder.final)
+            run.console.print(f"{stage.name}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+        if stage.reward_model and (warning := length_warning(read(folder.metrics)[-1])):
+            run.console.print(f"{stage.name}: {warning}", style="yellow")
     elif stage.is_policy:
         run.engine.load(folder.final, run.folder.tokenizer, stage.config)
     if recipe.evals.tasks and stage.is_policy:
         evaluate_after(run, stage, folder)
     prune(folder.checkpoints, keep=1)
-
-
-def _finish(run: Run, stage: Stage, folder: StageFolder) -> None:
-    """Write what later stages start from."""
-    if stage.sample is not None:
-        counts = write_data(folder.rows, folder.final)
-        run.console.print(f"{stage.name}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
-        return
-    run.engine.save_final(folder.final)
-    if stage.reward_model is not None and (warning := length_warning(read(folder.metrics)[-1])) is not None:
-        run.console.print(f"{stage.name}: {warning}", style="yellow")
-
-
-def _reference(run: Run, stage: Stage, start: Path) -> Path | None:
-    if stage.grpo is None or stage.grpo.kl == 0:
-        return None
-    if stage.grpo.reference is None:
-        return start
-    return run.folder.stage(run.recipe.named(stage.grpo.reference)).final
 
 
 def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
@@ -104,8 +95,8 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
         work = build_steps(run, stage, folder, stack)
         for path in (folder.metrics, folder.samples, folder.experts, folder.rows, folder.evals):
             truncate_after(path, work.first)
-        tracked = trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), work.first + 1)
-        track = stack.enter_context(tracked)
+        tracking = trackers(recipe.trackers, run.folder.path, stage.name, resolved(recipe), work.first + 1)
+        track = stack.enter_context(tracking)
         progress = stack.enter_context(StageProgress(stage.name, work.total, run.console, first=work.first))
         interrupted = _finish_step_on_ctrl_c(run.console, stack)
         stack.push(partial(_finish_checkpoint, run, interrupted))
@@ -128,15 +119,13 @@ def _train(run: Run, stage: Stage, folder: StageFolder) -> None:
             progress.step(done.step, metrics)
             if done.groups:
                 append(folder.samples, _samples(done))
-            if work.held_out is not None and done.step == work.total:
-                work.held_out.measure(work.total)
             due = interrupted or (done.step % stage.config.checkpoint_every == 0 and done.step < work.total)
             if due and stage.sample is None:
                 extra = {"step": done.step, **work.state()}
                 run.engine.save_checkpoint(step_dir(folder.checkpoints, done.step), extra)
             if interrupted:
                 raise KeyboardInterrupt
-        if work.held_out is not None and work.first == work.total:  # stopped right after the last step
+        if work.held_out is not None:
             work.held_out.measure(work.total)
 
 

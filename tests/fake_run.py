@@ -75,7 +75,7 @@ def _write_tax(folder: Path, rng: np.random.Generator) -> None:
         for name, of_side in zip((before, after), results, strict=True):
             _write_evals(folder / {"base": "00-base", "sft": "01-sft", "grpo": "02-grpo"}[name] / "evals", of_side)
         rows = [row_to_json(row) for row in compare(*results, GROUPS)]
-        tables.append({"stage": after, "before": before, "after": after, "rows": rows})
+        tables.append({"stage": after, "before": before, "after": after, "evals": "evals", "gate": [], "rows": rows})
     (folder / "tax.json").write_text(json.dumps(tables))
 
 

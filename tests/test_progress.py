@@ -22,8 +22,8 @@ class Clock:
 
 def test_plain_progress_prints_first_last_and_few_between():
     out, clock = io.StringIO(), Clock()
-    console = Console(file=out, width=60)
-    with StageProgress("grpo", 100, console, clock=clock) as progress:
+    console = Console(file=out, width=60, get_time=clock)
+    with StageProgress("grpo", 100, console) as progress:
         for step in range(1, 101):
             clock.now += 0.5
             progress.step(
@@ -37,7 +37,7 @@ def test_plain_progress_prints_first_last_and_few_between():
 
 def test_a_resumed_stage_estimates_from_its_own_steps():
     out, clock = io.StringIO(), Clock()
-    with StageProgress("sft", 100, Console(file=out), first=90, clock=clock) as progress:
+    with StageProgress("sft", 100, Console(file=out, get_time=clock), first=90) as progress:
         clock.now += 2
         progress.step(91, {"loss": 1.5, "tokens/total": 4000})
     assert out.getvalue() == "sft   91/100 · loss 1.500 · 2,000 tokens/s · 0:00:18 left\n"

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from alignment.tax import detectable_drop
 from recipes.check import check, check_files, check_libraries
-from recipes.errors import RecipeError
 from recipes.plan import plan
 from recipes.schema import load_recipe
+from recipes.source import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """\
@@ -71,7 +71,7 @@ def recipe(tmp_path: Path) -> Path:
 def errors(recipe: Path, *overrides: str) -> list[str]:
     """The lines that `align check` prints for a wrong recipe."""
     with pytest.raises(RecipeError) as caught:
-        list(check(load_recipe(recipe, overrides)))
+        list(check(load_recipe(recipe, overrides), []))
     return str(caught.value).splitlines()
 
 
@@ -147,18 +147,18 @@ def test_schedule_longer_than_the_epochs_is_refused(recipe: Path):
 
 
 def test_good_recipe_passes_and_shows_what_its_evals_can_see(recipe: Path):
-    text = printed(check(load_recipe(recipe)))
+    text = printed(check(load_recipe(recipe), []))
     drop = f"{100 * detectable_drop(20):.1f} points"
     assert "sums" in text and drop in text and "24 for a prompt" in text
 
 
 def test_eval_items_in_training_rows_are_a_warning_that_names_stage_task_and_rows(recipe: Path):
-    text = printed(check(load_recipe(recipe)))
+    text = printed(check(load_recipe(recipe), []))
     lines = [" ".join(line.split()) for line in text.splitlines() if "20 of 20" in line]
     assert lines == [f"│ {stage} │ sums │ 20 of 20 │ 0, 1, 2, 3, 4 │ 0 0 │" for stage in ("sft", "grpo")]
     other = "\n".join(json.dumps({"prompt": f"7 + {i} =", "completion": f" {i + 7}"}) for i in range(100, 120))
     (recipe.parent / "sums.jsonl").write_text(other)
-    text = printed(check(load_recipe(recipe)))
+    text = printed(check(load_recipe(recipe), []))
     assert " of 20" not in text and "none" in text
 
 
@@ -183,6 +183,11 @@ LIBRARY_MISTAKES = {
     "long prompt": ("rollout.max_length=12", "stages.1.grpo.prompts.path", "exceed the context of 12"),
     "no task": ("evals.tasks=[gsm9k_of_mars]", "evals", "gsm9k_of_mars"),
     "eval too long": ("evals.max_new_tokens=30", "evals", "sums"),
+    "no such limit": (
+        "evals.keep={smus: -0.1}",
+        "evals.keep",
+        "no benchmark or group is called `smus`; did you mean 'sums'?",
+    ),
     "no tokenizer": ("model={path: ./folder}", "model", "folder"),
 }
 

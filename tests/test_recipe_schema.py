@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 import alignment.config
-from recipes.errors import RecipeError
 from recipes.schema import Recipe, Stage, difference, json_schema, load_recipe, resolved
+from recipes.source import RecipeError
 from rewards.config import RewardConfig
 from rollout.config import Config, RolloutConfig
 

@@ -20,7 +20,7 @@ GSM8K = RECIPES / "gsm8k_bbh.yaml"
 
 
 def test_the_recipe_on_real_files_passes_its_check(shared_data: Path) -> None:
-    assert len(list(check(load_recipe(GSM8K, [])))) > 3
+    assert len(list(check(load_recipe(GSM8K, []), []))) > 3
 
 
 def test_the_control_differs_from_the_demo_in_the_second_stage_alone() -> None:
@@ -59,7 +59,7 @@ def test_the_papers_recipe_passes_its_check_on_stand_ins(tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path / "model")
     tasks = ", ".join(f"{group}: [tasks/{task}.yaml]" for group, task in GROUPS.items())
     stand_ins = [f"data_dir={tmp_path}", f"model.path={tmp_path / 'model'}", f"evals.tasks={{{tasks}}}"]
-    sections = list(check(load_recipe(RECIPES / "deepseek_v2_paper.yaml", stand_ins)))
+    sections = list(check(load_recipe(RECIPES / "deepseek_v2_paper.yaml", stand_ins), []))
     assert len(sections) > 7
     recipe = load_recipe(RECIPES / "deepseek_v2_paper.yaml").recipe
     assert recipe.train.world == 128 == recipe.rollout.world * recipe.rollout.replicas

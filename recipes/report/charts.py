@@ -4,9 +4,8 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -21,7 +20,6 @@ from matplotlib.ticker import MaxNLocator
 from alignment.grpo import BENCHMARK
 from alignment.tax import TaxRow
 from recipes.progress import format_number
-from recipes.report.data import Stage, phases
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 BINS, MOST_LINES = 80, 128
@@ -31,8 +29,7 @@ REWARD_TOTALS = ("reward/mean", "reward/std", "reward/masked")
 LOGARITHMIC = ("mismatch/", "handover/")
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
+class Chart(NamedTuple):
     """What the page shows: `legend` is name and last value of each line, in colour order; empty for a single one."""
 
     title: str
@@ -41,25 +38,31 @@ class Chart:
     legend: tuple[tuple[str, str], ...]
 
 
-def stage_charts(stage: Stage) -> tuple[list[Chart], list[Chart]]:
-    """The charts of a stage, and those of metrics that nobody asks for first."""
-    rows = stage.metrics
+def stage_charts(stage: Mapping[str, Any]) -> tuple[list[Chart], list[Chart]]:
+    """The charts of a stage's rows of `metrics`, `evals` and `experts`; after them those that nobody asks for first."""
+    rows = stage["metrics"]
     metrics = _frame(rows, [row["step"] for row in rows]).drop(columns="step", errors="ignore")
     parts = [key for key in metrics if key.startswith("reward/") and key.count("/") == 1 and key not in REWARD_TOTALS]
     if len(parts) == 1 and metrics[parts[0]].equals(metrics.get("reward/mean")):
         parts = []
     tokens = [key for key in metrics if key.startswith("tokens/")]
     titles = KNOWN | {"Reward by function": parts, "Tokens per step": tokens}
-    first = checkpoint_charts(stage.evals)
+    first = checkpoint_charts(stage["evals"])
     first += [line_chart(title, chosen) for title, keys in titles.items() if (chosen := metrics.filter(keys)).size]
     times = _frame(map(phases, rows), metrics.index)
     if times.size:
         first.append(time_chart("Time per step", times.fillna(0.0)))
-    if stage.experts:
-        first.append(heat_map("Load of the experts", stage.experts))
+    if stage["experts"]:
+        first.append(heat_map("Load of the experts", stage["experts"]))
     used = {key for keys in titles.values() for key in keys}
     rest = [key for key in metrics if key not in used and not key.startswith("time/") and metrics[key].any()]
     return first, [line_chart(key, metrics[[key]]) for key in rest]
+
+
+def phases(row: Mapping[str, Any]) -> dict[str, float]:
+    """Phase name -> seconds of one step; what `time/step`, the whole, has beyond the phases is `other`."""
+    named = {key[5:]: value or 0.0 for key, value in row.items() if key.startswith("time/") and key != "time/step"}
+    return named | ({"other": max(0.0, row["time/step"] - sum(named.values()))} if row.get("time/step") else {})
 
 
 def checkpoint_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
