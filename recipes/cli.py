@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "run":
                 return _run(args)
             case "check":
-                _print_check(load_recipe(args.recipe, args.overrides))
+                _print_check(_settled(load_recipe(args.recipe, args.overrides)))
             case "plan":
                 from recipes.scale import scale
 
@@ -50,6 +50,7 @@ def _run(args: argparse.Namespace) -> int:
     loaded = load_recipe(args.recipe, args.overrides)
     output = args.output or Path("runs") / loaded.recipe.name
     try:
+        loaded = _settled(loaded, output / "recipe.yaml", args.ray)
         contaminated = _print_check(loaded)
         from recipes.stages import run
 
@@ -68,6 +69,16 @@ def _run(args: argparse.Namespace) -> int:
         print(f"align: {describe(error)}\nThe traceback is in {log}", file=sys.stderr)
         return FAILED
     return DONE
+
+
+def _settled(loaded: LoadedRecipe, begun: Path | None = None, ray_address: str | None = None) -> LoadedRecipe:
+    """With a layout in place of each `auto`, which is printed."""
+    if loaded.auto:
+        from recipes.scale import settled
+
+        loaded, said = settled(loaded, begun, ray_address)
+        print(said)
+    return loaded
 
 
 def _print_check(loaded: LoadedRecipe) -> list[dict[str, Any]]:
