@@ -1,7 +1,7 @@
 """Is the plan true? Its seconds against published runs, and its peak memory against what this machine measures.
 
     python benchmarks/plan.py published
-    python benchmarks/plan.py memory
+    python benchmarks/plan.py memory --output benchmarks/results/plan.md
 
 `published`: GRPO runs of NeMo-RL 0.4 on DGX-H100, on-policy, from its documentation (docs/about/performance-summary.md,
 github.com/NVIDIA-NeMo/RL, with the recipes under examples/configs/recipes/llm/performance): model, GPUs, completions a
@@ -36,6 +36,7 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3C
 from alignment.config import GRPOConfig, InitConfig, TrainConfig
 from alignment.grpo import grpo
 from alignment.model import build_model, preset_config, save_model_dir, train_tokenizer
+from benchmarks.workload import machine_line, publish, table
 from hybrid_engine.cluster import GIB, cluster
 from hybrid_engine.engine import HybridEngine
 from hybrid_engine.footprint import model_of
@@ -79,7 +80,7 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
-def published(_: int) -> None:
+def published(*_: object) -> None:
     print("| run | GPUs | published, s | predicted, s | ratio | without the hand-over | ratio | of these |")
     print("| --- | --: | --: | --: | --: | --: | --: | --- |")
     for run in PUBLISHED:
@@ -158,11 +159,10 @@ class Watch:
             time.sleep(0.1)
 
 
-def memory(first: int) -> None:
+def memory(first: int, output: Path | None) -> None:
     init = InitConfig(vocab_size=8192)
     tokenizer = train_tokenizer(init, [f"{n} and {n * n} and {n**3}" for n in range(20000)])
-    print("| model | train | rollout | predicted, GiB | measured, GiB | ratio | phases |")
-    print("| --- | --- | --- | --: | --: | --: | --- |")
+    header, rows = ["model", "predicted, GiB", "measured, GiB", "ratio", "train", "rollout", "phases"], []
     with tempfile.TemporaryDirectory() as folder:
         for name, train, rollout in LAYOUTS[first:]:
             path = Path(folder) / name
@@ -176,10 +176,13 @@ def memory(first: int) -> None:
                     config.num_key_value_heads = config.num_attention_heads
                     config.head_dim = config.hidden_size // config.num_attention_heads
                 save_model_dir(build_model(config), tokenizer, path)
-            one_layout(name, path, TrainConfig(tokens_per_rank=TOKENS, **train), train, rollout)
+            rows.append(one_layout(name, path, TrainConfig(tokens_per_rank=TOKENS, **train), train, rollout))
+            print(rows[-1], flush=True)
+    publish("Memory, predicted and measured", f"{machine_line()}\n\n{table(header, rows)}", output)
 
 
-def one_layout(name: str, path: Path, train: TrainConfig, shown: dict[str, Any], layout: dict[str, Any]) -> None:
+def one_layout(name: str, path: Path, train: TrainConfig, shown: dict[str, Any], layout: dict[str, Any]) -> list[str]:
+    """A row of the table."""
     from transformers import AutoConfig
 
     rollout = RolloutConfig(max_num_seqs=128, max_length=LENGTH, memory=0.25, bucket_mb=64, **layout)
@@ -207,14 +210,15 @@ def one_layout(name: str, path: Path, train: TrainConfig, shown: dict[str, Any],
             engine.close()
     most, found = max(predicted.values()), max(watch.peaks.values())
     text = ", ".join(f"{phase} {size / GIB:.2f}" for phase, size in (*predicted.items(), *watch.peaks.items()))
-    cells = [name, shown, layout, f"{most / GIB:.2f}", f"{found / GIB:.2f}", f"{most / found:.2f}", text]
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
     print({part.name: round(part.bytes / GIB, 3) for part in each.parts["device"]}, file=sys.stderr)
+    sizes = f"{most / GIB:.2f}", f"{found / GIB:.2f}", f"{most / found:.2f}"
+    return [name, *sizes, str(shown or "1 rank"), str(layout or "1 engine"), text]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["published", "memory"])
     parser.add_argument("--first", type=int, default=0, help="leave out this many of the layouts of `memory`")
+    parser.add_argument("--output", type=Path, help="append the table of `memory` to this Markdown file")
     args = parser.parse_args()
-    {"published": published, "memory": memory}[args.what](args.first)
+    {"published": published, "memory": memory}[args.what](args.first, args.output)

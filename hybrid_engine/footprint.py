@@ -5,8 +5,10 @@ activations count what Transformers' layers save for the backward pass.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +36,12 @@ class Weight(NamedTuple):
 @dataclass(frozen=True)
 class Model:
     """What the arithmetic needs of a causal language model. values: its configuration's. groups: the parameters of each
-    FSDP group: what is outside the decoder layers, then each layer's. moe_layers: layers with routed experts, `experts`
-    each, of which a token gets `chosen`. dense, routed: parameters outside the routed experts and in them; active: of
-    these, what a token is multiplied with. heads: query and key-value heads, and the sizes of a key and a value."""
+    FSDP group (what is outside the decoder layers, then layers) -> how many are alike. moe_layers: layers with routed
+    experts, `experts` each, of which a token gets `chosen`. dense, routed: parameters outside the routed experts and in
+    them; active: of these, what a token is multiplied with. heads: query, key-value heads; sizes of a key, a value."""
 
     values: Mapping[str, Any]
-    groups: tuple[tuple[Weight, ...], ...]
+    groups: Mapping[tuple[Weight, ...], int]
     layers: int
     moe_layers: int
     experts: int
@@ -57,7 +59,7 @@ def model_of(config: PreTrainedConfig) -> Model:
     groups = [list(layer.named_parameters()) for layer in model.base_model.layers]
     inside = {id(parameter) for group in groups for _, parameter in group}
     groups.insert(0, [(name, p) for name, p in model.named_parameters() if id(p) not in inside])
-    weights = tuple(
+    weights = Counter(
         tuple(Weight(p.numel(), len(p), ".experts." in n and p.ndim == 3, bool(WHOLE.search(n))) for n, p in group)
         for group in groups
     )
@@ -67,22 +69,21 @@ def model_of(config: PreTrainedConfig) -> Model:
     shape = (heads, v.get("num_key_value_heads") or heads, size, size)
     if v.get("kv_lora_rank"):
         shape = (heads, heads, v["qk_nope_head_dim"] + v["qk_rope_head_dim"], v["v_head_dim"])
-    routed = sum(w.numel for group in weights for w in group if w.expert)
+    routed = sum(w.numel * alike for group, alike in weights.items() for w in group if w.expert)
     dense, chosen = model.num_parameters() - routed, v["num_experts_per_tok"] if experts else 0
     lookup = 0 if model.all_tied_weights_keys else model.get_input_embeddings().weight.numel()
     active = dense - lookup, routed * chosen / max(1, experts)
-    moe_layers = sum(any(w.expert for w in group) for group in weights)
-    return Model(v, weights, len(weights) - 1, moe_layers, experts, chosen, dense, routed, active, shape)
+    moe_layers = sum(alike for group, alike in weights.items() if any(w.expert for w in group))
+    return Model(v, weights, len(groups) - 1, moe_layers, experts, chosen, dense, routed, active, shape)
 
 
 def sharded(model: Model, train: TrainConfig) -> int:
     """Parameters that the first rank keeps: FSDP splits rows and pads the shares; expert parallelism splits evenly."""
     layout = expert_layout(train)
+    ranks = layout.parallel * layout.shard
     return sum(
-        w.numel // (layout.parallel * layout.shard)
-        if w.expert and train.expert > 1
-        else -(-w.rows // train.shard) * (w.numel // w.rows)
-        for group in model.groups
+        alike * (w.numel // ranks if w.expert and train.expert > 1 else -(-w.rows // train.shard) * (w.numel // w.rows))
+        for group, alike in model.groups.items()
         for w in group
     )
 
@@ -93,11 +94,11 @@ def gathered(model: Model, train: TrainConfig, micro_batches: int) -> int:
     if train.world == 1 and train.dtype == "float32":
         return 0
     sizes = [sum(w.numel // (train.expert if w.expert else 1) for w in group) for group in model.groups]
-    item, largest = SIZE[train.dtype], max(sizes)
+    item, largest, whole = SIZE[train.dtype], max(sizes), sum(map(mul, sizes, model.groups.values()))
     buffers = largest * (item + 4)  # what is gathered arrives in one; gradients are reduced from one in float32
     if train.activation_checkpointing:
         return item * (sizes[0] + 2 * max(sizes[1:])) + 4 * sizes[0] + buffers
-    return item * sum(sizes) + buffers + (4 * sum(sizes) if micro_batches > 1 else item * largest)
+    return item * whole + buffers + (4 * whole if micro_batches > 1 else item * largest)
 
 
 def layer_activations(model: Model, train: TrainConfig, length: int, on_cpu: bool) -> tuple[int, int]:
@@ -135,11 +136,11 @@ def logits(model: Model, train: TrainConfig, tokens: int) -> int:
     return 2 * SIZE[train.dtype] * count + 16 * min(count, LOGITS_PER_CHUNK)
 
 
-def engine_weights(groups: tuple[tuple[Weight, ...], ...], rollout: RolloutConfig) -> int:
-    """Bytes of vLLM's weights of these groups on one rank."""
-    ranks = rollout.world if rollout.expert else rollout.tensor
-    parts = (w.numel // (1 if w.whole else ranks if w.expert else rollout.tensor) for group in groups for w in group)
-    return sum(parts) * SIZE[rollout.dtype]
+def engine_weights(model: Model, rollout: RolloutConfig) -> tuple[int, int]:
+    """Bytes of vLLM's weights on one rank: of all, and of the largest layer."""
+    ranks, dense = rollout.world if rollout.expert else rollout.tensor, rollout.tensor
+    sizes = [sum(w.numel // (1 if w.whole else ranks if w.expert else dense) for w in group) for group in model.groups]
+    return SIZE[rollout.dtype] * sum(map(mul, sizes, model.groups.values())), SIZE[rollout.dtype] * max(sizes[1:])
 
 
 def cache_per_token(model: Model, rollout: RolloutConfig, on_cpu: bool) -> int:

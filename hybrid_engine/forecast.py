@@ -77,7 +77,7 @@ def generation(model: Model, rollout: RolloutConfig, cluster: Cluster, work: Wor
     ranks = rollout.world if rollout.expert else rollout.tensor
     seen = batch * rollout.data  # tokens, by the experts of an engine
     hit = 1 - (1 - model.chosen / max(1, model.experts)) ** seen
-    read = engine_weights(model.groups, rollout) - model.routed * item / ranks * (1 - hit)
+    read = engine_weights(model, rollout)[0] - model.routed * item / ranks * (1 - hit)
     read += batch * (work.prompt + work.new / 2) * each
     flops = 2 * model.active[0] / rollout.tensor / ASSUMED["dense_compute"]
     flops += 2 * model.active[1] * rollout.data / ranks / ASSUMED["expert_compute"]

@@ -73,6 +73,8 @@ def misfits(
             yield "rollout", "tensor", f"{rollout.tensor} does not divide the model's {name} ({size})"
     if model.get("kv_lora_rank") and rollout.dtype == "float32" and (device or installed().device) != "cpu":
         yield "rollout", "dtype", "vLLM's MLA kernels for CUDA know no float32; set it to bfloat16"
+    if rollout.tensor > 1 and rollout.data > 1 and (device or installed().device) == "cpu":
+        yield "rollout", "data", "vLLM's MoE layers then split the tokens, too: on the CPU set it or `tensor` to 1"
     heads = model.get("num_key_value_heads") or model["num_attention_heads"]
     if max(heads, rollout.tensor) % min(heads, rollout.tensor):
         yield "rollout", "tensor", f"of {rollout.tensor} and {heads} key-value heads one must divide the other"

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from alignment.config import TrainConfig
+from hybrid_engine.cluster import FIGURES, GIB
 from rollout.config import RolloutConfig
+from rollout.vllm.environment import installed
 
 
 def start_ray(address: str | None) -> bool:
@@ -24,6 +27,23 @@ def start_ray(address: str | None) -> bool:
     else:
         ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     return True
+
+
+def at_hand(address: str | None) -> str | None:
+    """The CUDA devices of the Ray cluster at `address`, or of this host, as `hybrid_engine.cluster.cluster` takes them;
+    None where vLLM is built for the CPU. Raises ValueError where `hardware.yaml` has no figures of them."""
+    if installed().device == "cpu":
+        return None
+    started = start_ray(address)
+    hosts = [node["Resources"] for node in ray.nodes() if node["Resources"].get("GPU")]
+    name = ray.get(ray.remote(torch.cuda.get_device_name).options(num_gpus=1).remote()) if hosts else "no CUDA device"
+    if started:
+        ray.shutdown()
+    if (kind := FIGURES["names"].get(name)) is None:
+        known = ", ".join(FIGURES["names"])
+        raise ValueError(f"{name}: hybrid_engine/hardware.yaml has figures of {known}; for others write the layout")
+    count, memory = (int(min(host[what] for host in hosts)) for what in ("GPU", "memory"))
+    return f"{len(hosts)}x{count}x{kind}+{memory // GIB}GiB"
 
 
 def devices(train: TrainConfig, rollout: RolloutConfig) -> tuple[range, range]:

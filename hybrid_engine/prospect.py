@@ -1,11 +1,11 @@
 """A layout's prospects: what lies where in each phase of a step, how long it takes, which layouts do better, and what
 to change where nothing fits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import ceil
-from typing import Any, Self
+from typing import Self
 
 from alignment.config import TrainConfig
 from hybrid_engine.cluster import ASSUMED, GIB, Cluster
@@ -51,6 +51,17 @@ class Prospect:
                 return False
         return True
 
+    @property
+    def over(self) -> int:
+        """Bytes that a device lacks where nothing is moved."""
+        most = max(max(self.resident(side).values()) for side in self.parts)
+        return max(0, most - self.tiers[0].capacity)
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """For sorting: first what fits where nothing is moved, of such first what is faster."""
+        return self.over > 0, self.total
+
     def resident(self, side: str) -> dict[str, int]:
         """Phase -> bytes on the device where nothing is moved."""
         parts = self.parts[side]
@@ -71,7 +82,7 @@ class Prospect:
 
 def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, work: Work) -> Prospect:
     """What a layout needs and how long it takes; `solved` decides what lies where."""
-    on_cpu, weights = cluster.on_cpu, engine_weights(model.groups, rollout)
+    on_cpu, (weights, incomplete) = cluster.on_cpu, engine_weights(model, rollout)
     workspace = 0 if on_cpu else int(ASSUMED["engine_workspace"] * GIB)
     cache = int(rollout.memory * (GIB if on_cpu else cluster.memory)) - (0 if on_cpu else weights + workspace)
     seconds = step_seconds(model, train, rollout, cluster, work, max(0, cache))
@@ -83,13 +94,12 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
     saved = activations(model, train, tokens, work.tree(train), on_cpu)
     full = gathered(model, train, ceil(work.rank_tokens(train) / train.tokens_per_rank))
     judges = sum(work.judges) // (1 if on_cpu else cluster.devices)
-    largest = max(engine_weights((group,), rollout) for group in model.groups[1:])  # a layer that is incomplete
 
     def part(name: str, size: int, needed: str, changed: str) -> Component:
         needs, changes = (frozenset(text.split()) & seconds.keys() for text in (needed, changed))
         again = {} if name in KEPT else dict.fromkeys(changes, 0.0)
         streamed = needs if name == "optimizer" else frozenset()
-        pieces = len(model.groups) if name in KEPT[1:] else 1
+        pieces = 1 + model.layers if name in KEPT[1:] else 1
         return Component(name, size, needs, changes, again, pieces, streamed)
 
     processes = part("processes", int((idle if on_cpu else ASSUMED["communicators"]) * GIB), *[" ".join(seconds)] * 2)
@@ -106,7 +116,7 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
     sampling = [
         part("rollout weights", engines * weights, "hand-over generate", "hand-over"),
         part("KV cache", engines * cache, "generate", "generate"),
-        part("hand-over buffers", engines * (3 * rollout.bucket_mb * 2**20 + largest), "hand-over", "hand-over"),
+        part("hand-over buffers", engines * (3 * rollout.bucket_mb * 2**20 + incomplete), "hand-over", "hand-over"),
         part("engine workspace", workspace, "generate", "generate"),
     ]
     sides = {"device": training + sampling}
@@ -124,37 +134,32 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
 
 
 def ranked(
-    model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, work: Work, count: int = 3
-) -> list[Prospect]:
-    """The `count` fastest layouts of those that fit, solved, over all ranks (if `split`, half a side); all else is as
-    given. The first is what `train: auto` and `rollout: auto` stand for."""
+    model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, works: Sequence[Work],
+    free: Collection[str] = ("train", "rollout"),
+) -> list[Prospect]:  # fmt: skip
+    """The best layouts for the first of `works` that fit all of them, solved: over all ranks (if `split`, half a side;
+    on the CPU, where ranks share the cores, also over fewer). What is not `free` is as given."""
     ranks = cluster.ranks // (2 if rollout.placement == "split" else 1)
     powers = [1 << n for n in range(ranks.bit_length()) if ranks % (1 << n) == 0]
-    trains, rollouts = [], []
-    for replicas, expert, saves in product(powers, powers, (False, True)):
-        shard = ranks // replicas
-        if shard % expert == 0 or expert % shard == 0:
-            new = {"replicate": replicas, "shard": shard, "expert": expert, "activation_checkpointing": saves}
-            trains.append(train.model_copy(update=new))
-    for tensor, data, expert in product(powers[:5], powers[:5], (False, True)):
-        world = tensor * data
-        if ranks % world == 0 and (world > 1 if expert else data == 1):
-            new = {"tensor": tensor, "data": data, "expert": expert, "replicas": ranks // world}
-            rollouts.append(rollout.model_copy(update=new))
-    alone = replace(work, samples=False, judges=())
-    trains = [each.train for each in _fastest(model, [(one, rollout) for one in trains], cluster, alone)]
-    if work.samples:
-        alone = replace(work, trains=False, reference=False, judges=())
-        rollouts = [each.rollout for each in _fastest(model, [(train, one) for one in rollouts], cluster, alone)]
-    pairs = product(trains, rollouts if work.samples else [rollout])
-    found = [each.solved() for each in _fastest(model, pairs, cluster, work)]
-    return sorted((each for each in found if each.error is None), key=lambda each: each.total)[:count]
-
-
-def _fastest(model: Model, layouts: Any, cluster: Cluster, work: Work, count: int = 6) -> list[Prospect]:
-    fit = (pair for pair in layouts if not any(misfits(*pair, model.values, cluster.kind)))
-    found = (prospect(model, *pair, cluster, work) for pair in fit)
-    return sorted((each for each in found if each.may_fit()), key=lambda each: each.total)[:count]
+    worlds, trains, rollouts = powers if cluster.on_cpu else [ranks], [train], [rollout]
+    if "train" in free:
+        trains = [
+            train.model_copy(update={"replicate": n, "shard": w // n, "expert": e, "activation_checkpointing": saves})
+            for w, n, e, saves in product(worlds, powers, powers, (False, True))
+            if w % n == 0 == w % e and max(w // n, e) % min(w // n, e) == 0
+        ]
+    if "rollout" in free:
+        rollouts = [
+            rollout.model_copy(update={"tensor": t, "data": d, "expert": e, "replicas": w // (t * d)})
+            for w, t, d, e in product(worlds, powers[:5], powers[:5], (False, True))
+            if w % (t * d) == 0 and (t * d > 1 if e else d == 1)
+        ]
+    fit = (pair for pair in product(trains, rollouts) if not any(misfits(*pair, model.values, cluster.kind)))
+    found = [each for pair in fit if (each := prospect(model, *pair, cluster, works[0])).may_fit()]
+    best = [each.solved() for each in sorted(found, key=lambda each: each.order)[:6]]
+    for work in works[1:]:
+        best = [each for each in best if not prospect(model, each.train, each.rollout, cluster, work).solved().error]
+    return sorted((each for each in best if not each.error), key=lambda each: each.order)
 
 
 def remedies(model: Model, given: Prospect, cluster: Cluster, work: Work) -> list[tuple[str, int]]:

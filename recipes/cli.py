@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "run":
                 return _run(args, load_recipe(args.recipe, args.overrides))
             case "check":
-                _check(load_recipe(args.recipe, args.overrides))
+                _check(_settled(load_recipe(args.recipe, args.overrides)))
             case "plan":
                 from recipes.scale import scale
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, loaded: LoadedRecipe) -> int:
     output = args.output or Path("runs") / loaded.recipe.name
     try:
+        loaded = _settled(loaded, output / "recipe.yaml", args.ray)
         found = _check(loaded)
         from recipes.stages import run
 
@@ -63,6 +64,16 @@ def _run(args: argparse.Namespace, loaded: LoadedRecipe) -> int:
         print(f"align: {describe(error)}\nThe traceback is in {log}", file=sys.stderr)
         return FAILED
     return DONE
+
+
+def _settled(loaded: LoadedRecipe, begun: Path | None = None, ray_address: str | None = None) -> LoadedRecipe:
+    """With a layout in place of each `auto`, which is printed."""
+    if loaded.auto:
+        from recipes.scale import settled
+
+        loaded, said = settled(loaded, begun, ray_address)
+        print(said)
+    return loaded
 
 
 def _check(loaded: LoadedRecipe) -> Rows:

@@ -1,8 +1,9 @@
 """What `align plan` prints: a recipe on a cluster, known before a device is used."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
+from typing import Any
 
 import yaml
 from rich.console import RenderableType
@@ -12,41 +13,45 @@ from transformers import AutoConfig, DeepseekV2Config, PreTrainedConfig
 
 from alignment.config import RewardModelConfig, SFTConfig
 from alignment.model import PRESETS, model_source
-from hybrid_engine.cluster import ASSUMED, GIB, cluster
+from hybrid_engine.cluster import ASSUMED, GIB, Cluster, cluster
 from hybrid_engine.footprint import Model, model_of
 from hybrid_engine.forecast import Work
 from hybrid_engine.layout import misfits
+from hybrid_engine.placement import at_hand
 from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
-from recipes.schema import LoadedRecipe, Recipe, Stage
+from recipes.schema import AUTO, LoadedRecipe, Recipe, Stage, load_recipe
 from recipes.source import RecipeError, shorten
+
+
+def settled(loaded: LoadedRecipe, begun: Path | None, ray_address: str | None) -> tuple[LoadedRecipe, str]:
+    """The recipe with a layout in place of each `auto`, and what to say of it. begun: the resolved recipe of a run, the
+    layout of which stays; where there is none, it is the best on the machines at hand. Raises RecipeError."""
+    if begun is not None and begun.is_file():
+        return _laid_out(loaded, load_recipe(begun).recipe, f"as {begun.parent} was begun")
+    try:
+        machines = cluster(at_hand(ray_address))
+    except ValueError as error:
+        raise RecipeError([loaded.source.problem(loaded.auto[:1], str(error))]) from None
+    return _best(loaded, _model(loaded, machines), machines)
 
 
 def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableType]:
     """Every stage's memory, seconds and schedule in the recipe's layouts, then the best layouts for the slowest stage.
 
-    described: a cluster, for `hybrid_engine.cluster.cluster`. Raises ValueError as it does, RecipeError where the model
-    or its layouts are impossible.
+    described: a cluster, for `hybrid_engine.cluster.cluster`; None: the machines at hand. Raises ValueError as it does,
+    RecipeError where the model or its layouts are impossible.
     """
-    machines, recipe = cluster(described), loaded.recipe
-    try:
-        model = model_of(configuration(recipe))
-    except (OSError, ValueError) as error:
-        text = f"no model to plan for: {shorten(str(error), 1)}"
-        raise RecipeError([loaded.source.problem(("model", "path"), text)]) from error
-    layouts = recipe.train, recipe.rollout
-    problems = [((section, key), text) for section, key, text in misfits(*layouts, model.values, machines.kind)]
-    sides = recipe.train.world, recipe.rollout.world * recipe.rollout.replicas
-    needed = sum(sides) if recipe.rollout.placement == "split" else max(sides)
-    if needed > machines.ranks and not machines.on_cpu:
-        problems.append((("train",), f"the layouts need {needed} devices, the cluster has {machines.ranks}"))
-    if problems:
-        raise RecipeError([loaded.source.problem(*problem) for problem in problems])
+    machines = cluster(described or at_hand(None))
+    model = _model(loaded, machines)
     what = f"{(model.dense + model.routed) / 1e9:,.4g}B parameters, {sum(model.active) / 1e9:,.3g}B for a token"
-    where = "this machine" if machines.on_cpu else f"{machines.hosts} x {machines.devices} {machines.kind}"
-    yield Text(f"{what}, on {where}: {_gib(machines.memory)} GiB a device, {_gib(machines.host_memory)} GiB a host")
+    yield Text(f"{what}, on {_where(machines)}")
+    if loaded.auto:
+        loaded, said = _best(loaded, model, machines)
+        yield Text(said)
+    layouts = loaded.recipe.train, loaded.recipe.rollout
     names: dict[Work, list[str]] = {}
-    for stage in recipe.stages:
-        names.setdefault(work_of(recipe, stage, model), []).append(stage.name)
+    for stage in loaded.recipe.stages:
+        names.setdefault(work_of(loaded.recipe, stage, model), []).append(stage.name)
     found = {work: prospect(model, *layouts, machines, work).solved() for work in names}
     for work, each in found.items():
         yield Text(f"\n{', '.join(names[work])}: {each.total:,.1f} s a step", style="bold")
@@ -58,11 +63,50 @@ def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableTyp
             helping = [pair for pair in remedies(model, each, machines, work) if pair[1] < each.error.missing]
             for text, missing in helping[:5] or [("no other setting by itself", each.error.missing)]:
                 yield Text(f"  {text}: {f'{_gib(missing)} GiB are still missing' if missing else 'fits'}")
-    slowest = max(found, key=lambda work: found[work].total)
-    yield _layouts([found[slowest], *ranked(model, *layouts, machines, slowest)], names[slowest][0])
+    works = sorted(found, key=lambda work: -found[work].total)
+    yield _layouts([found[works[0]], *ranked(model, *layouts, machines, works)[:3]], names[works[0]][0])
     more = _gib(12 * (model.dense + model.routed) / machines.hosts)
     yield Text(f"A checkpoint takes {more} GiB more of each host's memory while it is written.")
     yield Text(f"Every sequence is as long as it may be. Assumed (hybrid_engine/hardware.yaml): {dict(ASSUMED)}")
+
+
+def _model(loaded: LoadedRecipe, machines: Cluster) -> Model:
+    recipe = loaded.recipe
+    try:
+        model = model_of(configuration(recipe))
+    except (OSError, ValueError) as error:
+        text = f"no model to plan for: {shorten(str(error), 1)}"
+        raise RecipeError([loaded.source.problem(("model", "path"), text)]) from error
+    found = misfits(recipe.train, recipe.rollout, model.values, machines.kind)
+    problems = [((section, key), text) for section, key, text in found]
+    sides = recipe.train.world, recipe.rollout.world * recipe.rollout.replicas
+    needed = sum(sides) if recipe.rollout.placement == "split" else max(sides)
+    if needed > machines.ranks and not machines.on_cpu:
+        problems.append((("train",), f"the layouts need {needed} devices, the cluster has {machines.ranks}"))
+    if problems:
+        raise RecipeError([loaded.source.problem(*problem) for problem in problems])
+    return model
+
+
+def _best(loaded: LoadedRecipe, model: Model, machines: Cluster) -> tuple[LoadedRecipe, str]:
+    recipe, layouts = loaded.recipe, (loaded.recipe.train, loaded.recipe.rollout)
+    works = {work_of(recipe, stage, model): stage.name for stage in recipe.stages}
+    slowest, *others = sorted(works, key=lambda work: -prospect(model, *layouts, machines, work).total)
+    found = ranked(model, *layouts, machines, [slowest, *others], loaded.auto)
+    if not found:
+        text = f"no layout fits {_where(machines)}: `align plan` with one written out says what is missing"
+        raise RecipeError([loaded.source.problem(loaded.auto[:1], text)])
+    why = f"{found[0].total:,.1f} s a step of {works[slowest]} on {_where(machines)}"
+    away = f"; where nothing is moved, {_gib(found[0].over)} GiB are missing" if found[0].over else ""
+    return _laid_out(loaded, found[0], why + away)
+
+
+def _laid_out(loaded: LoadedRecipe, found: Recipe | Prospect, why: str) -> tuple[LoadedRecipe, str]:
+    recipe = loaded.recipe
+    keys = {section: getattr(found, section).model_dump(include={*AUTO[section]}) for section in loaded.auto}
+    update = {section: getattr(recipe, section).model_copy(update=chosen) for section, chosen in keys.items()}
+    said = "; ".join(f"{section}: auto is {_layout(chosen)}" for section, chosen in keys.items())
+    return LoadedRecipe(recipe.model_copy(update=update), loaded.source), f"{said} ({why})"
 
 
 def configuration(recipe: Recipe) -> PreTrainedConfig:
@@ -90,6 +134,16 @@ def work_of(recipe: Recipe, stage: Stage, model: Model) -> Work:
     again = grpo.updates_per_batch > 1 or grpo.capacity is not None
     updates, reference = grpo.updates_per_batch, grpo.kl > 0
     return replace(work, samples=True, updates=updates, forwards=int(again), reference=reference)
+
+
+def _where(machines: Cluster) -> str:
+    where = "this machine" if machines.on_cpu else f"{machines.hosts} x {machines.devices} {machines.kind}"
+    return f"{where}: {_gib(machines.memory)} GiB a device, {_gib(machines.host_memory)} GiB a host"
+
+
+def _layout(keys: Mapping[str, Any]) -> str:
+    """As `replicas 2, tensor 1, expert`."""
+    return ", ".join(k.split("_")[-1] if v is True else f"{k} {v}" for k, v in keys.items() if v is not False)
 
 
 def _gib(size: float) -> str:
@@ -138,11 +192,9 @@ def _seconds(each: Prospect) -> Table:
 
 def _layouts(found: list[Prospect], name: str) -> Table:
     table = Table("train", "rollout", "s a step", "peak GiB", title=f"{name}: the recipe's layouts, and the best")
-    shown = {"replicate", "shard", "expert", "activation_checkpointing", "replicas", "tensor", "data"}
     for each in found:
-        sides = [config.model_dump(include=shown).items() for config in (each.train, each.rollout)]
-        given = ([k.split("_")[-1] if v is True else f"{k} {v}" for k, v in side if v is not False] for side in sides)
+        sides = [getattr(each, section).model_dump(include={*keys}) for section, keys in AUTO.items()]
         peak = max((p["device"] for s in each.schedules.values() for p in s.peaks.values()), default=0)
         total = "does not fit" if each.error else f"{each.total:,.1f}"
-        table.add_row(*map(", ".join, given), total, _gib(peak))
+        table.add_row(*map(_layout, sides), total, _gib(peak))
     return table

@@ -13,6 +13,11 @@ from rollout.data import load_rows
 from rollout.functions import nearest
 
 Rows = list[dict[str, Any]]
+AUTO = {
+    "train": ("shard", "replicate", "expert", "activation_checkpointing"),
+    "rollout": ("replicas", "tensor", "data", "expert"),
+}
+"""Section -> the keys of its layout. `auto` in place of the section, or of the first key beside others, chooses all."""
 
 
 class Stage(Config):
@@ -195,10 +200,12 @@ def _references(stage: Stage) -> Iterator[tuple[Key, str, str]]:
 
 
 class LoadedRecipe(NamedTuple):
-    """A valid recipe and the text it came from, for messages that name file, line and key."""
+    """A valid recipe and the text it came from, for messages that name file, line and key. auto: the sections whose
+    layouts are still the default ones, and to be chosen (`recipes.scale.settled`)."""
 
     recipe: Recipe
     source: Source
+    auto: tuple[str, ...] = ()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -207,8 +214,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     Raises RecipeError with every problem found, each with file, line and key.
     """
     source = read_source(path, overrides)
+    values, auto = dict(source.values), []
+    for section, (first, *others) in AUTO.items():
+        given = {first: "auto"} if values.get(section) == "auto" else values.get(section)
+        if isinstance(given, dict) and given.get(first) == "auto":
+            auto.append(section)
+            values[section] = {key: value for key, value in given.items() if key != first}
+            for key in [key for key in others if key in given]:
+                raise RecipeError([source.problem((section, key), f"`{first}: auto` chooses this, too: leave it out")])
     try:
-        recipe = Recipe.model_validate(source.values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         # A list whose items are wrong is reported once more by pydantic, as too short.
         errors = [e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
@@ -216,7 +231,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     if problems := [source.problem(key, message) for key, message in _misfits(recipe)]:
         raise RecipeError(problems)
     base_dir = str((path.parent / recipe.base_dir).resolve())
-    return LoadedRecipe(recipe.model_copy(update={"base_dir": base_dir}), source)
+    return LoadedRecipe(recipe.model_copy(update={"base_dir": base_dir}), source, tuple(auto))
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -241,7 +256,12 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(by_alias=True)}
+    schema = Recipe.model_json_schema(by_alias=True)
+    for section, (first, *_) in AUTO.items():
+        own = schema["$defs"][Recipe.model_fields[section].annotation.__name__]["properties"]
+        for keys, key in ((schema["properties"], section), (own, first)):
+            keys[key] = {"anyOf": [{"const": "auto"}, keys[key]]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def _message(found: Mapping[str, Any]) -> str:
@@ -257,7 +277,7 @@ def _message(found: Mapping[str, Any]) -> str:
         case "value_error":
             return str(found["ctx"]["error"])
         case "model_type":
-            return f"should be a section of keys, not {got}"
+            return f"should be a section of keys{' or `auto`' * (found['loc'][0] in AUTO)}, not {got}"
     return f"{found['msg'].removeprefix('Input ')}, not {got}"
 
 

@@ -47,7 +47,8 @@ def test_the_ranks_beside_the_experts_shard_or_replicate_them(shape: tuple, expe
         ("llama", {"tensor": 3}, r"rollout.tensor: 3 does not divide the model's num_attention_heads \(4\)"),
         ("grouped", {"tensor": 8}, "rollout.tensor: of 8 and 3 key-value heads"),
         ("llama", (1, 4, 1), None),
-        ("deepseek-v2", {"tensor": 4, "data": 2, "expert": True}, None),
+        ("deepseek-v2", {"tensor": 4, "data": 2, "expert": True}, "rollout.data: vLLM's MoE layers then split the tok"),
+        ("deepseek-v2", {"data": 4, "expert": True}, None),
         ("deepseek-v2", {"tensor": 2, "expert": True}, None),
     ],
 )

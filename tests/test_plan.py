@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,10 @@ def test_counts_are_those_of_the_model(family: str):
     assert found.dense + found.routed == sum(p.numel() for p in model.parameters())
     assert found.routed == sum(p.numel() for p in experts) and found.moe_layers == len(experts) // 2
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    assert [sum(w.numel for w in group) for group in found.groups[1:]] == layers
+    counted = Counter(dict.fromkeys(layers, 0))
+    for group, alike in [*found.groups.items()][1:]:
+        counted[sum(w.numel for w in group)] += alike
+    assert counted == Counter(layers)
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -193,14 +197,14 @@ def test_seconds_of_decoding_are_bytes_read():
 
 def test_the_best_layouts_fit_and_are_sorted():
     machines = cluster(H100)
-    found = ranked(LITE, TRAIN, ROLLOUT, machines, WORK)
-    assert len(found) == 3 and [each.total for each in found] == sorted(each.total for each in found)
+    found = ranked(LITE, TRAIN, ROLLOUT, machines, [WORK])
+    assert len(found) >= 3 and [each.order for each in found] == sorted(each.order for each in found)
     for each in found:
         assert each.train.world == each.rollout.world * each.rollout.replicas == 8
         peaks = [peak["device"] for schedule in each.schedules.values() for peak in schedule.peaks.values()]
         assert max(peaks) <= machines.memory
     given = prospect(LITE, TrainConfig(shard=8, dtype="bfloat16"), ROLLOUT, machines, WORK).solved()
-    assert given.error is not None or found[0].total <= given.total
+    assert given.error is not None or found[0].order <= given.order
 
 
 def test_what_does_not_fit_says_what_to_change():

@@ -35,8 +35,6 @@ def test_the_environment_follows_the_configuration(monkeypatch: pytest.MonkeyPat
     assert "RANK" not in environment(RolloutConfig())
     several = RolloutConfig(data=4, expert=True)
     assert [environment(several, 3)[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["3", "3", "4"]
-    with pytest.raises(ValueError, match="do not run on the CPU"):
-        environment(RolloutConfig(tensor=2, data=2, expert=True))
     monkeypatch.setattr(metadata, "version", lambda name: "0.31.0+cpu")
     with pytest.raises(ValueError, match=r"need vLLM 0\.32 on the CPU"):
         environment(several)

@@ -47,8 +47,6 @@ def environment(config: RolloutConfig, rank: int = 0) -> dict[str, str]:
     found = installed()
     if found.device == "cpu" and config.world > 1 and found.version < (0, 32):
         raise ValueError("rollout.tensor, data and expert need vLLM 0.32 on the CPU: use `replicas`")
-    if found.device == "cpu" and config.tensor > 1 and config.data > 1:  # its MoE layers then split the tokens, too
-        raise ValueError("rollout.tensor and rollout.data together do not run on the CPU: set one of them to 1")
     variables = {
         # The engine core runs in the caller's process: weights arrive there, and nothing else is left to kill.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
