@@ -38,21 +38,21 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
     group: dist.ProcessGroup | None = None,
+    copy: bool = True,
 ) -> Future[None]:
     """Write weights, optimiser state, every rank's random states and rank 0's `extra` to `path`, atomically.
 
     Training may go on at once: a copy is written, in the background, and rank 0's future is done when `path` is there;
     older checkpoints beside it are then deleted. extra: plain values, containers and tensors. The checkpoint may be
     loaded by another number of ranks. group: gloo, of all ranks, for this alone (default: all ranks' own group, in
-    which nothing else may happen meanwhile).
+    which nothing else may happen meanwhile). copy: False writes it before this returns, and takes no memory for it.
     """
     rank, stack = dist.get_rank(), ExitStack()
     folder = stack.enter_context(atomic_directory(path)) if rank == 0 else unfinished(path)
     dist.barrier()  # the folder is there
     weights, states = get_state_dict(model, optimizer)
-    written = dcp.async_save(
-        {"model": weights, "optimizer": states}, checkpoint_id=folder / "shards", process_group=group
-    )
+    save = dcp.async_save if copy else dcp.save
+    written = save({"model": weights, "optimizer": states}, checkpoint_id=folder / "shards", process_group=group)
     torch.save(_random_states(), folder / f"random-{rank}.pt")
     if rank == 0:
         torch.save(extra, folder / "extra.pt")
@@ -60,7 +60,8 @@ def save_checkpoint(
 
     def finish() -> None:
         with stack:
-            written.result()  # rank 0's comes when every rank has written
+            if copy:
+                written.result()  # rank 0's comes when every rank has written
         if rank == 0:
             prune(path.parent, keep=1)
 

@@ -22,12 +22,14 @@ from alignment.protocols import Loss, TrainRow
 from alignment.routing import Routing
 from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.loading import load_model
+from hybrid_engine.offload import BLOCK, Offloader, Place, local, spread
 from hybrid_engine.placement import Worker
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
 from hybrid_engine.transport import Meeting, Sender, Sent, Way, join
 from hybrid_engine.weight_sync import Receiver, WeightPacker
 from rollout.config import RolloutConfig
 from rollout.types import Handle
+from rollout.vllm.sleep import trim
 from rollout.weights import Parcel
 
 
@@ -42,6 +44,8 @@ class TrainWorker(Worker):
         self._packer: WeightPacker | None = None
         self._saving: Future[None] | None = None
         self._packed: tuple[tuple[int, int], dict[Receiver, Parcel]] | None = None
+        self._offloader: Offloader | None = None
+        self._streamed: list[Place] = []
 
     def join(self, address: tuple[str, int]) -> None:
         """Form the process group."""
@@ -71,6 +75,8 @@ class TrainWorker(Worker):
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
         Returns the number of buckets of a hand-over, none of a reward model."""
         self._packer = self._packed = self._reference = self._policy = None
+        if self._offloader is not None:
+            self._offloader.clear()
         self._policy = self._build(model_dir, stage, self._config)
         if reference_dir is not None:
             self._reference = self._build(reference_dir, stage, TrainConfig())
@@ -100,7 +106,90 @@ class TrainWorker(Worker):
             after_forward=partial(reshard, model),
             routing=Routing(model, routing, config.capacity),
             outputs=token_scores if judges else token_logprobs,
+            step=self._step,
         )
+
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    def offload(self, folder: Path | None) -> dict[str, tuple[float, float]]:
+        """Get ready to move tensors, to `folder` too; as `Offloader.speeds`."""
+        self._offloader = Offloader(self._device, folder)
+        return self._offloader.speeds()
+
+    def components(self) -> dict[str, tuple[int, int]]:
+        """What this rank holds: name -> bytes, pieces. Optimiser states are still to come."""
+        policy = self._loaded
+        parameters, optimizer = list(policy.model.parameters()), policy.optimizer
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+
+        def states(parameter: torch.Tensor) -> list[torch.Tensor]:
+            held = optimizer.state.get(parameter, {})
+            return [value for value in held.values() if value.ndim]
+
+        found = {"parameters": self._component("parameters", parameters, lambda p: [p])}
+        found["gradients"] = sum(_nbytes(p) for p in trained), 1
+        found["optimizer"] = self._component("optimizer", trained, states, copies=2)
+        if self._reference is not None:
+            reference = list(self._reference.model.parameters())
+            found["reference"] = self._component("reference", reference, lambda p: [p])
+        trim()
+        return found
+
+    def _component(self, name: str, parameters: list[Any], held: Any, copies: int = 1) -> tuple[int, int]:
+        sizes = {number: copies * _nbytes(parameter) for number, parameter in enumerate(parameters)}
+        pieces = spread(
+            {number: parameter.numel() for number, parameter in enumerate(parameters)}
+        )  # on all ranks alike
+        # FSDP pads a shard by less than a row when it is first used; and each tensor has whole blocks.
+        rows = [copies * (8 * p.numel() // max(1, min(p.shape[:2], default=1)) + BLOCK) for p in parameters]
+        most = max(sum(sizes[number] + rows[number] for number in piece) for piece in pieces)
+        tensors = [lambda own=piece: [t for number in own for t in held(parameters[number])] for piece in pieces]
+        self._offloader.add(name, tensors, most)
+        if name == "optimizer":
+            self._shares = [[parameters[number] for number in piece] for piece in pieces]
+        return sum(sizes.values()), len(pieces)
+
+    def reserve(self, names: Sequence[str]) -> None:
+        """As `Offloader.reserve`, for those of `names` that this rank has."""
+        for name in names:
+            self._offloader.reserve(name)
+
+    def place(self, places: Sequence[Place], during: bool) -> None:
+        """Move now; or begin to, `during` the work to come, and let updates stream what is to be streamed."""
+        back = [place._replace(streamed=False) for place in self._streamed]
+        self._streamed = [place for place in places if place.streamed]
+        ahead = [Place(place.component, place.piece, self._offloader.top_alone) for place in self._streamed[:1]]
+        self._offloader.place([*back, *(place for place in places if not place.streamed), *ahead], wait=not during)
+
+    def device_memory(self) -> tuple[int, int]:
+        """Bytes of this rank's device that are in use, by whomever, and all."""
+        free, whole = torch.cuda.mem_get_info(self._device)
+        return whole - free, whole
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimiser; states that are streamed visit for theirs piece by piece."""
+        if not self._streamed:
+            optimizer.step()
+            return
+        numbers = [place.piece for place in self._streamed]
+        whole = [group["params"] for group in optimizer.param_groups]
+        staying = [p for number, share in enumerate(self._shares) if number not in numbers for p in share]
+
+        def step(share: Sequence[torch.Tensor]) -> None:
+            chosen = set(map(id, share))
+            for group, parameters in zip(optimizer.param_groups, whole, strict=True):
+                group["params"] = [parameter for parameter in parameters if id(parameter) in chosen]
+            optimizer.step()
+            for parameter in share:
+                parameter.grad = None
+
+        try:
+            step(staying)
+            for number in self._offloader.stream("optimizer", numbers, self._streamed[0].tiers):
+                step(self._shares[number])
+        finally:
+            for group, parameters in zip(optimizer.param_groups, whole, strict=True):
+                group["params"] = parameters
 
     @property
     def _loaded(self) -> RankPolicy:
@@ -154,7 +243,8 @@ class TrainWorker(Worker):
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Begin to write all that a resumed stage needs, once the one before is written; `extra` is the driver's."""
         self.finish_checkpoint()
-        self._saving = save_checkpoint(path, self._loaded.model, self._loaded.optimizer, extra, self._background)
+        copy = self._offloader is None
+        self._saving = save_checkpoint(path, self._loaded.model, self._loaded.optimizer, extra, self._background, copy)
 
     def finish_checkpoint(self) -> None:
         """Wait until the last checkpoint is written."""
@@ -169,6 +259,11 @@ class TrainWorker(Worker):
     def save_final(self, path: Path) -> None:
         """Write the weights as a Transformers directory."""
         save_final(path, self._loaded.model, self._tokenizer)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Bytes of this rank's part."""
+    return local(tensor.detach()).nbytes
 
 
 def resolve(rows: Sequence[TrainRow]) -> list[TrainRow]:

@@ -20,7 +20,7 @@ from alignment.config import (
 )
 from recipes.errors import RecipeError, shorten
 from recipes.source import Key, Source, read_source
-from rollout.config import Config, DataConfig, RolloutConfig
+from rollout.config import Config, DataConfig, Memory, RolloutConfig
 from rollout.functions import nearest
 
 
@@ -112,6 +112,8 @@ class Recipe(Config):
     """The training ranks."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """The inference engines."""
+    memory: Memory = Field(default_factory=dict)
+    """What the run may use, {device: 70GiB, host: 100GiB, disk: ./scratch, offload: auto}; {}: all is resident."""
     evals: EvalConfig = Field(default_factory=EvalConfig)
     """Benchmarks, measured before the first and after every policy stage."""
     trackers: tuple[TrackerKind, ...] = ()

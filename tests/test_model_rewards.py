@@ -60,7 +60,7 @@ def cluster():
 
 
 def judge(folder: Path, **settings) -> ModelReward:
-    worker = launch(RewardWorker, (str(folder), "cpu", 64), 1, {}, None, 0, 0.0)
+    worker = launch(RewardWorker, (str(folder), False, 64), 1, {}, None, 0, 0.0)
     found = ModelReward(RewardConfig(path=str(folder), **settings), worker, threading.Lock())
     found.allow()
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -22,6 +22,7 @@ from rollout.sampler import Request, Sample, TokenScores
 from rollout.types import Trajectory, VersionSpan
 from rollout.vllm import faults, transfer
 from rollout.vllm.environment import environment, installed
+from rollout.vllm.sleep import Sleep
 from rollout.weights import Parcel
 
 ONE_GREEDY_TOKEN = {"max_tokens": 1, "temperature": 0.0, "flat_logprobs": True, "detokenize": False,
@@ -32,6 +33,7 @@ class VllmEngine:
     """One vLLM engine, or a rank of one. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
 
     seed: of requests without a seed of their own. routes: the experts of every token are needed, not only welcome.
+    sleeps: `give_up` and `hold` will be called.
     Where `config.world` is above 1, every rank makes the same calls at the same time: the ranks of a tensor-parallel
     group with the same requests, `config.data` such groups with requests of their own (or none).
     Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
@@ -46,6 +48,7 @@ class VllmEngine:
         seed: int = 0,
         dummy: bool = False,
         routes: bool = False,
+        sleeps: bool = False,
     ) -> None:
         needed = environment(config, int(os.environ.get("RANK", "0")))
         unset = {name for name, value in needed.items() if os.environ.get(name) != value}
@@ -63,7 +66,7 @@ class VllmEngine:
             faults.mend_parallel()
         told = self._tells_routes(text_config, routes)
         if installed().device == "cuda":
-            options["enable_return_routed_experts"] = told and routes
+            options |= {"enable_return_routed_experts": told and routes, "enable_sleep_mode": sleeps}
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
@@ -96,6 +99,7 @@ class VllmEngine:
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         # Of the weights inside: 0 for those of the model's directory, None when there are none to trust.
         self._version = None if dummy else 0
+        self._sleep = Sleep(self._llm, installed().device)
 
     def _tells_routes(self, text_config: PreTrainedConfig, needed: bool) -> bool:
         """Whether this vLLM can say which experts it chose. Raises ValueError where it cannot and they are needed."""
@@ -114,6 +118,17 @@ class VllmEngine:
     def max_length(self) -> int:
         """Most tokens of a sequence, prompt and completion together."""
         return self._config.max_length
+
+    def give_up(self) -> dict[str, int]:
+        """Give the memory of weights and KV cache up; bytes of "weights" and "KV cache"."""
+        self._version = None
+        return self._sleep.give_up()
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Have memory for these of "weights" and "KV cache", and for no other. Where any was given up, the next
+        generation needs a hand-over first, and all of the memory when it runs."""
+        if self._sleep.hold(names):
+            self._version = None
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
         """Yield the samples that finished at each engine step; closing the iterator aborts the others.

@@ -1,0 +1,238 @@
+"""Residency as it is carried out: the engine's actors told what to move, and memory measured."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from alignment.config import DatasetStageConfig, GRPOConfig, RolloutStageConfig, StageConfig, TrainConfig
+from hybrid_engine.health import wait_all
+from hybrid_engine.offload import ALIGNED, Place
+from hybrid_engine.phases import GIB, Budget, Residency
+from hybrid_engine.residency import Tier
+from hybrid_engine.reward_worker import ModelReward
+from rollout.config import RolloutConfig, routed_experts
+
+LOOK = 0.05
+"""Seconds between two looks at the processes' memory."""
+TRAINER, ENGINE = ("parameters", "optimizer", "reference"), ("weights", "KV cache")
+"""Components that training ranks and rollout ranks move."""
+PHASES = ("handover", "generate", "score", "reference", "train", "checkpoint")
+READ = 5e8
+"""Bytes/s at which a reward model is read from its files, roughly."""
+
+
+class Memory:
+    """Says what is resident where, for one engine; without a budget all is. On the CPU all processes share the host, a
+    component is what all ranks hold of it; on CUDA each device has a rank and a replica, and all are used alike."""
+
+    def __init__(self, budget: Budget | None) -> None:
+        self._budget, self.on = budget, budget is not None
+        self.env = ALIGNED if self.on else {}
+        self._judges: dict[str, ModelReward] = {}
+        self._metrics: dict[str, float] = {}
+        self._phase, self._started, self._watch = "", False, None
+
+    def start(self, device: str, ranks: Mapping[str, Any], replicas: Mapping[str, Any]) -> None:
+        """Begin to keep to the budget. ranks, replicas: the engine's actors by name. Raises WorkerError for a disk that
+        cannot be used; `enter` and `only` raise ResidencyError for a budget that cannot work."""
+        if not self.on:
+            return
+        self._ranks, self._replicas, self._cuda, budget = ranks, replicas, device == "cuda", self._budget
+        sizes = wait_all({name: replica.give_up.remote() for name, replica in replicas.items()})
+        speeds = wait_all({name: rank.offload.remote(budget.disk) for name, rank in ranks.items()})
+        self.residency = Residency(self._tiers(budget, speeds), budget.say)
+        for name in ENGINE:
+            self.residency.add(name, self._all([size[name] for size in sizes]), here=False)
+        self._watch = None if self._cuda else Watch()
+
+    def _tiers(self, budget: Budget, speeds: Sequence[Mapping[str, tuple[float, float]]]) -> list[Tier]:
+        """On the CPU the ranks share the disk, and have measured it together."""
+        memory, many = psutil.virtual_memory().total, len(self._ranks) if self._cuda else 1
+        links = {tier: [sum(s[tier][way] for s in speeds) / many for way in (0, 1)] for tier in speeds[0]}
+        tiers = [Tier("host", budget.host or memory)]
+        if self._cuda:
+            whole = min(size for _, size in self._each(lambda rank: rank.device_memory.remote()))
+            hosts = {host for host, _ in self._each(lambda rank: rank.address.remote())}
+            share = (budget.host or memory // 2) * len(hosts) // many
+            tiers = [Tier("device", budget.device or whole), Tier("host", share, *links["host"])]
+        if budget.disk is not None:
+            tiers.append(Tier("disk", psutil.disk_usage(str(budget.disk)).free // many, *links["disk"]))
+        return tiers
+
+    def _each(self, call: Callable[[Any], Any]) -> list[Any]:
+        return wait_all({name: call(rank) for name, rank in self._ranks.items()}, self._replicas)
+
+    def _all(self, sizes: Sequence[int]) -> int:
+        return max(sizes) if self._cuda else sum(sizes)
+
+    # -- a stage -----------------------------------------------------------------------------------------------
+
+    def before_load(self) -> None:
+        """Forget the stage before, and make room for the models of the next."""
+        if not self.on:
+            return
+        self._judges, self._phase, self._started = {}, "", False
+        self.residency.begin()
+        self._tell(self.residency.only((), "load"))
+
+    def loaded(self, stage: StageConfig, train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]) -> None:
+        """The ranks hold the stage's models. model: its configuration's values."""
+        if not self.on:
+            return
+        add, sizes = self.residency.add, self._each(lambda rank: rank.components.remote())
+        for name, (_, pieces) in sizes[0].items():
+            nbytes, moves = self._all([size[name][0] for size in sizes]), name in TRAINER
+            there = moves and name != "optimizer"  # its states come to be in the first step
+            add(name, nbytes, pieces, moves=moves, here=there, streamed=name == "optimizer")
+        for phase, nbytes in predicted_work(stage, train, rollout, model).items():
+            add(f"work in {phase}", nbytes, moves=False, here=False, phases=(phase,), remade=0.0)
+        self.residency.cycle = ["handover", "generate"] * isinstance(stage, RolloutStageConfig)
+        self.residency.cycle += ["reference"] * ("reference" in sizes[0])
+        self.residency.cycle += ["train"] * isinstance(stage, GRPOConfig | DatasetStageConfig)
+
+    def judge(self, label: str, judge: ModelReward) -> None:
+        """A reward model of the stage, not loaded yet: it is read from its own files whenever it was given up."""
+        if not self.on:
+            return
+        nbytes = judge.nbytes()
+        self._judges[name := f"reward model {label}"] = judge
+        self.residency.add(name, nbytes, here=False, phases=("score",), remade=nbytes / READ)
+        if "score" not in self.residency.cycle:
+            self.residency.cycle.insert(2, "score")
+
+    # -- a phase -----------------------------------------------------------------------------------------------
+
+    def enter(self, phase: str) -> bool:
+        """Make resident what a phase needs. Whether the engines need a hand-over before they sample again."""
+        if phase == self._phase or (phase == "score" and not self._judges):
+            return False
+        if self._phase == "handover":
+            self.left("handover")
+        return self._bring(phase, lambda: self.residency.enter(phase))
+
+    def only(self, names: Sequence[str], phase: str, *, changed: bool = False) -> bool:
+        """As `Residency.only`, now; as `enter` says."""
+        return self._bring(phase, lambda: self.residency.only(names, phase, changed))
+
+    def _bring(self, phase: str, rounds: Callable[[], Sequence[Sequence[Place]]]) -> bool:
+        if not self._started:  # what is in use beyond what can move is the processes' own
+            own = self._used() - self.residency.resident()
+            self.residency.add("baseline", max(0, own), moves=False, phases=("load", *self.residency.cycle, *PHASES))
+            self._started = True
+        lost = self._tell(rounds())
+        if self._watch is not None:
+            self._note("memory/measured", self._watch.take())
+        self._phase, self._entered = phase, time.perf_counter()
+        return lost
+
+    def left(self, phase: str) -> None:
+        """The phase that was entered is over: measure it."""
+        if self.on and phase == self._phase and phase in self.residency.predicted:
+            peak = self._used() if self._watch is None else self._watch.take()
+            for kind, value in (("measured", peak), ("predicted", self.residency.predicted[phase])):
+                self._note(f"memory/{phase}/{kind}", value)
+                self._note(f"memory/{kind}", value)
+            self.residency.measured(phase, time.perf_counter() - self._entered, peak)
+
+    def _note(self, name: str, nbytes: int) -> None:
+        self._metrics[name] = max(self._metrics.get(name, 0.0), nbytes / GIB)
+
+    def take_metrics(self) -> dict[str, float]:
+        """GiB of the device, or on the CPU of the host, at most in use since the last call, and predicted: the whole
+        time (`memory/measured`, `memory/predicted`) and in each phase (`memory/PHASE/measured`)."""
+        taken, self._metrics = self._metrics, {}
+        return taken
+
+    def close(self) -> None:
+        """Look at the processes no more."""
+        if self._watch is not None:
+            self._watch.ended.set()
+
+    def _used(self) -> int:
+        """Bytes in use now, of the host or of the fullest device: contexts and communicators count as well."""
+        if self._watch is not None:
+            return used_by_processes()
+        return max(used for used, _ in self._each(lambda rank: rank.device_memory.remote()))
+
+    def _tell(self, rounds: Sequence[Sequence[Place]]) -> bool:
+        """Have places taken, round by round; the third begins only, and the ranks wait for it before the next. Whether
+        an engine lost anything."""
+        if reserved := self.residency.to_reserve():
+            self._each(lambda rank: rank.reserve.remote(reserved))
+        lost = False
+        for number, places in enumerate(rounds):
+            mine, theirs = ([p for p in places if p.component in kind] for kind in (TRAINER, ENGINE))
+            calls = {}
+            if theirs:
+                calls |= {name: replica.place.remote(theirs) for name, replica in self._replicas.items()}
+                lost |= any(not place.tiers for place in theirs)
+            if mine or number != 1:
+                calls |= {name: rank.place.remote(mine, number == 2) for name, rank in self._ranks.items()}
+            for place in places:
+                if place.component in self._judges and not place.tiers:
+                    self._judges[place.component].release()
+            wait_all(calls, self._ranks | self._replicas)
+        return lost
+
+
+class Watch:
+    """The most memory that this process and all its descendants have used together, looked at now and then."""
+
+    def __init__(self) -> None:
+        self._peak, self.ended, self._lock = 0, threading.Event(), threading.Lock()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        begun = ended = 0.0
+        while not self.ended.wait(max(LOOK, 9 * (ended - begun))):  # it costs no more than a tenth of a core
+            begun = time.perf_counter()
+            used = used_by_processes()
+            ended = time.perf_counter()
+            with self._lock:
+                self._peak = max(self._peak, used)
+
+    def take(self) -> int:
+        """The peak since the last call, in bytes."""
+        used = used_by_processes()
+        with self._lock:
+            peak, self._peak = max(self._peak, used), used
+        return peak
+
+
+def used_by_processes() -> int:
+    """Proportional set size of this process and its descendants, in bytes: what they share counts once."""
+    total, root = 0, psutil.Process()
+    for process in (root, *root.children(recursive=True)):
+        try:
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            text = ""
+        total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total * 1024
+
+
+def predicted_work(
+    stage: StageConfig, train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]
+) -> dict[str, int]:
+    """Bytes that a phase takes beside what moves, roughly, until they have been measured: activations, logits, the
+    buffers of a hand-over. model: its configuration's values."""
+    inner, layers = model["intermediate_size"], model["num_hidden_layers"]
+    if routed_experts(model) and "moe_intermediate_size" in model:
+        inner = model["moe_intermediate_size"] * model["num_experts_per_tok"]
+    tokens = train.tokens_per_rank * train.world
+    if isinstance(stage, RolloutStageConfig):
+        tokens = min(tokens, stage.prompts_per_step * stage.completions * rollout.max_length)
+    layer = 16 * model["hidden_size"] + 4 * inner
+    forward = 4 * tokens * (3 * model["vocab_size"] + layer)
+    return {
+        "handover": 4 * rollout.bucket_mb * 2**20,
+        "generate": 16 * rollout.max_num_seqs * model["vocab_size"],
+        "reference": forward,
+        "train": forward + 4 * tokens * layers * (model["hidden_size"] if train.activation_checkpointing else layer),
+    }
