@@ -100,7 +100,7 @@ class EvenTokens:
         return None
 
 
-def steps(model: Path, count: int, budget: Budget | None, kv: float = 0.5) -> Iterator[dict[str, float]]:
+def steps(model: Path, count: int, budget: Budget | None, kv: float = 1.0) -> Iterator[dict[str, float]]:
     """Metrics of GRPO steps with a reference; last, under "parts", the GiB of all components together."""
     config = GRPOConfig(
         prompts={"path": "x"}, rewards=[{"function": "m:f"}], steps=count, prompts_per_step=4, completions=4,

@@ -6,6 +6,7 @@ and on both a file on `disk`, with direct I/O: the page cache would otherwise ke
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -92,14 +93,14 @@ class File:
     def write(self, page: torch.Tensor, offset: int) -> None:
         """Write a page, or the first blocks of one."""
         try:
-            if os.pwrite(self.fd, memoryview(page.numpy()), offset) < len(page):
+            if os.pwrite(self.fd, _memory(page), offset) < len(page):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise DiskError(error.errno, f"memory.disk: {self.folder}: {error.strerror}, while writing") from error
 
     def read(self, page: torch.Tensor, offset: int) -> None:
         """Read into a page, or the first blocks of one."""
-        if os.preadv(self.fd, [memoryview(page.numpy())], offset) < len(page):
+        if os.preadv(self.fd, [_memory(page)], offset) < len(page):
             raise DiskError(errno.EIO, f"memory.disk: {self.folder}: it holds less than was written")
 
 
@@ -121,7 +122,7 @@ class Offloader:
 
     def add(self, name: str, pieces: Sequence[Tensors], nbytes: int) -> None:
         """A component, all of it in the top tier; nbytes: at most, of a piece, and a block more for each tensor."""
-        slot = -(-nbytes // BLOCK + 1) * BLOCK
+        slot = (-(-nbytes // BLOCK) + 1) * BLOCK
         self._sizes[name] = len(pieces) * slot
         self._pieces[name] = [Piece(tensors, self.top_alone, i * slot) for i, tensors in enumerate(pieces)]
 
@@ -262,6 +263,11 @@ class Offloader:
         if self._cuda:
             return torch.empty(PAGE, dtype=torch.uint8, pin_memory=True)
         return torch.frombuffer(mmap.mmap(-1, PAGE), dtype=torch.uint8)
+
+
+def _memory(page: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The bytes themselves; `page.numpy()` would fix the size of its storage for good."""
+    return (ctypes.c_char * len(page)).from_address(page.data_ptr())
 
 
 def _length(run: Sequence[Part]) -> int:

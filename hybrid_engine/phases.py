@@ -104,8 +104,10 @@ class Residency:
         if self._schedule is None or (phase == self.cycle[0] and self._differs()):
             self._solve()
         during: list[Place] = []
-        chosen = {name: _assign(held.tiers, self._moves(name, phase)) for name, held in self._held.items()}
-        before = self._go({name: [frozenset(move.before) for move in moves] for name, moves in chosen.items()})
+        used = {name: held for name, held in self._held.items() if held.component.needed_in & set(self.cycle)}
+        chosen = {name: _assign(held.tiers, self._moves(name, phase)) for name, held in used.items()}
+        idle = {n: [frozenset()] * len(h.tiers) for n, h in self._held.items() if n not in used and h.component.remake}
+        before = self._go(idle | {name: [frozenset(m.before) for m in moves] for name, moves in chosen.items()})
         for name, moves in chosen.items():
             for piece, move in enumerate(moves):
                 streamed = move.target is not None and move.target not in move.after
@@ -183,6 +185,7 @@ class Residency:
                 remake={phase: cost for phase, cost in part.remake.items() if phase in cycle},
             )
             for part in (held.component for held in self._held.values())
+            if part.needed_in & cycle
         ]
         self._planned = {phase: self._measured.get(phase, 1.0) for phase in self.cycle}
         self._solved = {name: held.component.bytes for name, held in self._held.items()}

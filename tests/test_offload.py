@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from hybrid_engine import offload
-from hybrid_engine.offload import BLOCK, PAGE, DiskError, Offloader, Place, spread
+from hybrid_engine.offload import ALIGNED, BLOCK, PAGE, DiskError, Offloader, Place, spread
 from rollout.vllm.sleep import Sleep
 
 CPU = torch.device("cpu")
@@ -52,6 +54,28 @@ def test_what_leaves_frees_memory_and_comes_back_bit_for_bit_at_the_same_objects
     assert [id(tensor) for tensor in tensors] == addresses
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert tensors[6].data_ptr() == tensors[0][1:].data_ptr()  # views are views again
+
+
+def test_memory_that_begins_at_a_block_goes_to_the_disk_as_it_is(tmp_path: Path) -> None:
+    """As torch allocates it in a process with `ALIGNED`."""
+    code = f"""
+import torch
+from pathlib import Path
+from hybrid_engine.offload import ALIGNED, BLOCK, PAGE, Offloader, Place
+tensors = [torch.randn(PAGE // 2), torch.randn(PAGE // 4 + 1), torch.randn(7)]
+before, moved, copied = [t.clone() for t in tensors], Offloader(torch.device("cpu"), Path("{tmp_path}")), []
+copy_ = torch.Tensor.copy_
+torch.Tensor.copy_ = lambda self, other, **options: (copied.append(self.numel()), copy_(self, other, **options))[1]
+assert all(t.data_ptr() % BLOCK == 0 for t in tensors[:2])
+moved.add("p", [lambda: tensors], 4 * PAGE)
+for tier in ("disk", "host", "disk", "host"):
+    moved.place([Place("p", 0, frozenset([tier]))])
+    assert (tensors[0].untyped_storage().nbytes() > 0) == (tier == "host")
+assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+assert max(copied) == 28, copied  # only the rests: 4 and 28 bytes
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **ALIGNED}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_copy_kept_below_is_dropped_or_read_and_never_written_twice(tmp_path: Path, monkeypatch) -> None:
@@ -120,7 +144,7 @@ def test_a_write_that_stops_half_way_is_a_full_disk(tmp_path: Path, monkeypatch)
     moved = Offloader(CPU, tmp_path)
     moved.add("p", [lambda: [tensor]], 4 * PAGE)
     pwrite = os.pwrite
-    monkeypatch.setattr(offload.os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 2], at))
+    monkeypatch.setattr(offload.os, "pwrite", lambda fd, data, at: pwrite(fd, memoryview(data)[: len(data) // 2], at))
     with pytest.raises(DiskError, match="No space left on device"):
         moved.place([Place("p", 0, DISK)])
 

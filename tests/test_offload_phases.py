@@ -86,6 +86,15 @@ def test_phases_may_be_skipped_and_others_come_between() -> None:
     assert max(held.predicted.values()) <= 390
 
 
+def test_what_no_phase_of_the_step_needs_is_given_up_or_stays_where_it_is() -> None:
+    held = residency(1000)
+    held.enter("handover")
+    held.cycle = ["train"]  # as of SFT, after evals
+    assert held.enter("train")[0] == [Place("weights", 0, NOWHERE)]
+    assert held.to_reserve() == [] and held.resident() == 400  # the reference too
+    assert [place.component for place in held.enter("generate")[1]] == ["weights", "KV cache"]  # an eval
+
+
 def test_what_cannot_work_is_said_with_the_phase_the_missing_gib_and_what_would_do() -> None:
     with pytest.raises(ResidencyError, match=r"train: .* GiB of host are missing; any of these would do: host"):
         step(residency(300))
