@@ -100,7 +100,7 @@ class EvenTokens:
         return None
 
 
-def steps(model: Path, count: int, budget: Budget | None, kv: float = 1.0) -> Iterator[dict[str, float]]:
+def steps(model: Path, count: int, budget: Budget | None, kv: float = 1.5) -> Iterator[dict[str, float]]:
     """Metrics of GRPO steps with a reference; last, under "parts", the GiB of all components together."""
     config = GRPOConfig(
         prompts={"path": "x"}, rewards=[{"function": "m:f"}], steps=count, prompts_per_step=4, completions=4,
@@ -144,7 +144,7 @@ def compare(folder: Path, disk: Path, host: int, millions: float, count: int) ->
     free = list(steps(model, count, None))
     *kept, last = steps(model, count, budget)
     with patch.object(Residency, "enter", move_all):
-        *naive, _ = steps(model, count, budget)
+        *naive, _ = steps(model, count, Budget(None, None, disk, print))  # without streaming it may need more
     parts = last["parts"]
     print(f"parts {parts:.2f} GiB, {parts * GIB / host:.2f} x the budget of {host / GIB:.2f} GiB")
     for i, (one, two, three) in enumerate(zip(free, kept, naive, strict=True), 1):

@@ -13,7 +13,7 @@ import psutil
 from alignment.config import DatasetStageConfig, GRPOConfig, RolloutStageConfig, StageConfig, TrainConfig
 from hybrid_engine.health import wait_all
 from hybrid_engine.offload import ALIGNED, Place
-from hybrid_engine.phases import GIB, Budget, Residency
+from hybrid_engine.phases import GIB, SPARE, Budget, Residency
 from hybrid_engine.residency import Tier
 from hybrid_engine.reward_worker import ModelReward
 from rollout.config import RolloutConfig, routed_experts
@@ -49,6 +49,8 @@ class Memory:
         self.residency = Residency(self._tiers(budget, speeds), budget.say)
         for name in ENGINE:
             self.residency.add(name, self._all([size[name] for size in sizes]), here=False)
+        # Ray keeps what its store has held: in the end the weights of a hand-over, most of the time less.
+        self._store = 0 if self._cuda else max(size["weights"] for size in sizes)
         self._watch = None if self._cuda else Watch()
 
     def _tiers(self, budget: Budget, speeds: Sequence[Mapping[str, tuple[float, float]]]) -> list[Tier]:
@@ -114,6 +116,7 @@ class Memory:
             return False
         if self._phase == "handover":
             self.left("handover")
+            self._store = 0  # the next stage's baseline has it
         return self._bring(phase, lambda: self.residency.enter(phase))
 
     def only(self, names: Sequence[str], phase: str, *, changed: bool = False) -> bool:
@@ -123,7 +126,8 @@ class Memory:
     def _bring(self, phase: str, rounds: Callable[[], Sequence[Sequence[Place]]]) -> bool:
         if not self._started:  # what is in use beyond what can move is the processes' own
             own = self._used() - self.residency.resident()
-            self.residency.add("baseline", max(0, own), moves=False, phases=("load", *self.residency.cycle, *PHASES))
+            self.residency.add("baseline", int(SPARE * max(0, own)), moves=False, phases=PHASES)
+            self.residency.add("object store", self._store, moves=False, phases=PHASES)
             self._started = True
         lost = self._tell(rounds())
         if self._watch is not None:

@@ -166,8 +166,6 @@ class Offloader:
         probe, found = torch.ones(8 * PAGE, dtype=torch.uint8, device="cuda" if self._cuda else "cpu"), {}
         self.add("probe", [lambda: [probe]], len(probe))
         for tier in (["host"] if self._cuda else []) + (["disk"] if self._folder else []):
-            if tier == "disk":
-                self.reserve("probe")
             for _ in range(2):  # the first time pages are made, and blocks of the disk assigned
                 begun = time.perf_counter()
                 self.place([Place("probe", 0, frozenset({tier}))])
@@ -178,11 +176,9 @@ class Offloader:
         return found
 
     def _place(self, places: Sequence[Place]) -> None:
-        freed = False
         with torch.cuda.stream(self._side) if self._cuda else nullcontext():
-            for place in places:
-                freed |= self._bring(self._pieces[place.component][place.piece], place.component, place.tiers)
-        if freed:
+            freed = [self._bring(self._pieces[p.component][p.piece], p.component, p.tiers) for p in places]
+        if any(freed):
             trim(self._cuda)
 
     def _bring(self, piece: Piece, name: str, tiers: frozenset[str]) -> bool:

@@ -26,6 +26,8 @@ REMADE = {"gradients": "train", "weights": "handover", "KV cache": "generate"}
 LATE, SHORT, SLACK = 0.25, 0.1, 0.02
 """The schedule is solved again where a phase took this share (and as many seconds) more or less than predicted, or its
 work this share of the top tier."""
+SPARE = 1.03
+"""Of what was measured so much is planned for: no two steps are alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ class Residency:
             stays = not held.component.remake and len(self.tiers) == 1
             if name in names or fixed or stays:
                 total += held.component.bytes
-                wanted[name] = [self._top if changed else tiers | self._top for tiers in held.tiers]
+                stale = changed or phase in held.component.changed_in
+                wanted[name] = [self._top if stale else tiers | self._top for tiers in held.tiers]
             elif held.component.remake or not held.moves:
                 wanted[name] = [frozenset()] * len(held.tiers)
             else:
@@ -161,7 +164,7 @@ class Residency:
         work = self._held.get(f"work in {phase}")
         if work is not None:
             least = work.component.bytes if phase in self._measured else 0
-            found = max(least, peak - (self.predicted[phase] - work.component.bytes))
+            found = max(least, int(SPARE * peak) - (self.predicted[phase] - work.component.bytes))
             work.component = replace(work.component, bytes=found)
         self._measured[phase] = seconds
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from rollout.config import RolloutConfig
 from rollout.types import Trajectory
 
 MIB = 2**20
+ROOT = Path(__file__).resolve().parent.parent
 ray.cloudpickle.register_pickle_by_value(test_engine)
 
 
@@ -206,3 +211,29 @@ def test_a_disk_that_fills_up_ends_the_run_with_that_cause_and_leaves_the_checkp
     ray.get(rank.fill_disk.remote(False))
     begin(engine, config())
     assert engine.load_checkpoint(tmp_path / "step-1")["step"] == 1
+
+
+@pytest.mark.slow
+def test_a_model_of_more_than_100m_parameters_runs_within_two_thirds_of_what_its_parts_need(tmp_path: Path) -> None:
+    """229M parameters, a reference, a KV cache: metrics as without a budget, the peak of all processes within it."""
+    command = [
+        "benchmarks/offload.py",
+        "--disk",
+        str(tmp_path),
+        "--step",
+        "6.3GiB",
+        "--millions",
+        "230",
+        "--steps",
+        "4",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert float(re.search(r"parts .*, ([\d.]+) x the budget", done.stdout)[1]) >= 1.5, done.stdout
+    steps = re.findall(r"^step .* metrics (\w+); peak ([\d.]+) GiB, ([-+][\d.]+)% of the predicted", done.stdout, re.M)
+    assert len(steps) == 4, done.stdout
+    for equal, peak, error in steps:
+        assert equal == "equal" and float(peak) <= 6.3 and abs(float(error)) <= 10, done.stdout
