@@ -106,7 +106,7 @@ class Residency:
         if self._schedule is None or (phase == self.cycle[0] and self._differs()):
             self._solve()
         during: list[Place] = []
-        used = {name: held for name, held in self._held.items() if held.component.needed_in & set(self.cycle)}
+        used = {name: held for name, held in self._held.items() if name in self._solved}
         chosen = {name: _assign(held.tiers, self._moves(name, phase)) for name, held in used.items()}
         idle = {n: [frozenset()] * len(h.tiers) for n, h in self._held.items() if n not in used and h.component.remake}
         before = self._go(idle | {name: [frozenset(m.before) for m in moves] for name, moves in chosen.items()})
@@ -173,12 +173,14 @@ class Residency:
             abs(seconds - self._planned[phase]) > max(LATE * self._planned[phase], SHORT)
             for phase, seconds in self._measured.items()
         ) or any(
-            abs(held.component.bytes - self._solved[name]) > SLACK * self.tiers[0].capacity
+            abs(held.component.bytes - self._solved.get(name, 0)) > SLACK * self.tiers[0].capacity
             for name, held in self._held.items()
+            if held.component.needed_in & set(self.cycle)
         )
 
     def _solve(self) -> None:
         cycle = frozenset(self.cycle)
+        used = {n: h.component for n, h in self._held.items() if h.component.bytes and h.component.needed_in & cycle}
         parts = [
             replace(
                 part,
@@ -187,11 +189,10 @@ class Residency:
                 streamed_in=part.streamed_in & cycle,
                 remake={phase: cost for phase, cost in part.remake.items() if phase in cycle},
             )
-            for part in (held.component for held in self._held.values())
-            if part.needed_in & cycle
+            for part in used.values()
         ]
         self._planned = {phase: self._measured.get(phase, 1.0) for phase in self.cycle}
-        self._solved = {name: held.component.bytes for name, held in self._held.items()}
+        self._solved = {name: part.bytes for name, part in used.items()}
         phases = [Phase(name, seconds) for name, seconds in self._planned.items()]
         before = self._schedule
         try:

