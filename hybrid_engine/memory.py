@@ -1,7 +1,5 @@
 """Residency as it is carried out: the engine's actors told what to move, and memory measured."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ The top tier is where tensors live: `device` on CUDA, `host` on the CPU. Below i
 and on both a file on `disk`, with direct I/O: the page cache would otherwise keep in memory what was moved out of it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import mmap

@@ -1,7 +1,5 @@
 """Which phase needs what, and how the scheduler's answer is followed, piece by piece. Pure arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

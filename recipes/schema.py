@@ -170,6 +170,8 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         earlier[stage.name] = stage
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
         yield ("evals", "max_new_tokens"), no_room
+    if recipe.memory and recipe.rollout.placement == "split":
+        yield ("memory",), "is for ranks that take turns on a device, and `rollout.placement` is `split`: leave one out"
 
 
 def _references(stage: Stage) -> Iterator[tuple[Key, str, str]]:

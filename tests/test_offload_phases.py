@@ -197,5 +197,12 @@ def test_memory_in_a_recipe(tmp_path: Path, memory: str, problem: str | None) ->
         load_recipe(path)
 
 
+def test_memory_with_devices_of_their_own_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("MEMORY", "{device: 70GiB}"))
+    with pytest.raises(RecipeError, match=r"memory: is for ranks that take turns on a device.*`split`"):
+        load_recipe(path, ["rollout.placement=split"])
+
+
 def test_amounts_of_memory() -> None:
     assert (memory_bytes("1.5GiB"), memory_bytes("2 TiB"), memory_bytes("300MiB")) == (3 * 2**29, 2**41, 300 * 2**20)

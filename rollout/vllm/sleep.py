@@ -5,8 +5,6 @@ On CUDA that is vLLM's own sleep mode. Its CPU build has none: `LLM.sleep` repor
 them, which every hand-over makes anew. What has come back is empty until the next hand-over.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterable
 from typing import Any
