@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alignment.config import GRPOConfig, TrainConfig
 from alignment.grpo import grpo
+from hybrid_engine.disk import File
 from hybrid_engine.engine import HybridEngine
-from hybrid_engine.offload import PAGE, File, Offloader, Place
+from hybrid_engine.offload import PAGE, Offloader, Place
 from hybrid_engine.phases import GIB, Budget, Residency
 from rollout.config import RolloutConfig, memory_bytes
 from rollout.prompts import Stream

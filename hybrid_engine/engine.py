@@ -64,8 +64,8 @@ class HybridEngine:
         self._memory = Memory(budget)
         self._device = installed().device
         self._lends = self._device == "cuda" or self._memory.on  # memory to reward models, while it is their turn
-        self._model = AutoConfig.from_pretrained(model_dir).get_text_config().to_dict()
-        for section, key, problem in misfits(train, rollout, self._model):
+        self._model = AutoConfig.from_pretrained(model_dir).get_text_config()
+        for section, key, problem in misfits(train, rollout, self._model.to_dict()):
             raise ValueError(f"{section}.{key}: {problem}")
         self._started_ray = start_ray(ray_address)
         try:
@@ -100,7 +100,7 @@ class HybridEngine:
         connect(self._ranks, self._replicas, self._places, device, rollout.placement == "split")
         self._memory.start(device, self._ranks, self._replicas)
         self._sampler = ReplicaSampler(self._replicas, self._places, self._ranks, length)
-        self._canary = canary_prompts(self._model["vocab_size"], length, 2 if self.precision == "float32" else 9)
+        self._canary = canary_prompts(self._model.vocab_size, length, 2 if self.precision == "float32" else 9)
 
     # -- a stage -----------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class HybridEngine:
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Begin to write what a resumed stage needs, `extra` included, atomically; training may go on meanwhile. Of
         the checkpoints beside it the newest stays."""
-        self._move(lambda memory: memory.only(("parameters", "optimizer"), "checkpoint"))
+        self._move(lambda memory: memory.checkpoint())
         with self._timed("checkpoint"):
             self._call_ranks(lambda rank: rank.save_checkpoint.remote(path, extra))
 
@@ -130,7 +130,7 @@ class HybridEngine:
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of the loaded stage; its `extra`."""
         self.finish_checkpoint()
-        self._move(lambda memory: memory.only(("parameters", "optimizer"), "checkpoint", changed=True))
+        self._move(lambda memory: memory.checkpoint(changed=True))
         extra = self._call_ranks(lambda rank: rank.load_checkpoint.remote(path))[0]
         self._version += 1
         return extra

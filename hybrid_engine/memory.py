@@ -3,18 +3,21 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import psutil
+from transformers import PreTrainedConfig
 
 from alignment.config import DatasetStageConfig, GRPOConfig, RolloutStageConfig, StageConfig, TrainConfig
+from hybrid_engine.footprint import SIZE, Model, activations, gathered, logits, model_of
 from hybrid_engine.health import wait_all
 from hybrid_engine.offload import ALIGNED, Place
 from hybrid_engine.phases import GIB, SPARE, Budget, Residency
-from hybrid_engine.residency import Tier
+from hybrid_engine.residency import ResidencyError, Tier
 from hybrid_engine.reward_worker import ModelReward
-from rollout.config import RolloutConfig, routed_experts
+from rollout.config import RolloutConfig
 
 LOOK = 0.05
 """Seconds between two looks at the processes' memory."""
@@ -42,27 +45,35 @@ class Memory:
         if not self.on:
             return
         self._ranks, self._replicas, self._cuda, budget = ranks, replicas, device == "cuda", self._budget
+        below = {process.pid for process in psutil.Process().children(recursive=True)}
+        if not self._cuda and not below.issuperset(self._each(lambda rank: rank.pid.remote())):
+            raise ValueError("memory: on processors a run watches its own processes alone; run it without --ray")
         sizes = wait_all({name: replica.give_up.remote() for name, replica in replicas.items()})
-        speeds = wait_all({name: rank.offload.remote(budget.disk) for name, rank in ranks.items()})
-        self.residency = Residency(self._tiers(budget, speeds), budget.say)
+        found = wait_all({name: rank.offload.remote(budget.disk) for name, rank in ranks.items()})
+        self.residency = Residency(self._tiers(budget, found), budget.say)
         for name in ENGINE:
             self.residency.add(name, self._all([size[name] for size in sizes]), here=False)
         # Ray keeps what its store has held: in the end the weights of a hand-over, most of the time less.
         self._store = 0 if self._cuda else max(size["weights"] for size in sizes)
         self._watch = None if self._cuda else Watch()
 
-    def _tiers(self, budget: Budget, speeds: Sequence[Mapping[str, tuple[float, float]]]) -> list[Tier]:
-        """On the CPU the ranks share the disk, and have measured it together."""
-        memory, many = psutil.virtual_memory().total, len(self._ranks) if self._cuda else 1
-        links = {tier: [sum(s[tier][way] for s in speeds) / many for way in (0, 1)] for tier in speeds[0]}
-        tiers = [Tier("host", budget.host or memory)]
+    def _tiers(self, budget: Budget, found: Sequence[tuple[int, Mapping[str, tuple[float, float]]]]) -> list[Tier]:
+        """found: each rank's free bytes of the disk, and speeds. On the CPU the ranks have measured them together."""
+        memory, whole, share = psutil.virtual_memory().total, 0, 1.0
         if self._cuda:
             whole = min(size for _, size in self._each(lambda rank: rank.device_memory.remote()))
-            hosts = {host for host, _ in self._each(lambda rank: rank.address.remote())}
-            share = (budget.host or memory // 2) * len(hosts) // many
-            tiers = [Tier("device", budget.device or whole), Tier("host", share, *links["host"])]
+            share = len({host for host, _ in self._each(lambda rank: rank.address.remote())}) / len(self._ranks)
+        for key, given, there in (("device", budget.device, whole), ("host", budget.host, memory)):
+            if given is not None and given > there:
+                raise ValueError(f"memory.{key}: {given / GIB:.2f} GiB are more than there are, {there / GIB:.2f} GiB")
+        many = len(self._ranks) if self._cuda else 1
+        links = {tier: [sum(s[tier][way] for _, s in found) / many for way in (0, 1)] for tier in found[0][1]}
+        tiers = [Tier("host", budget.host or memory)]
+        if self._cuda:
+            host = int((budget.host or memory // 2) * share)
+            tiers = [Tier("device", budget.device or whole), Tier("host", host, *links["host"])]
         if budget.disk is not None:
-            tiers.append(Tier("disk", psutil.disk_usage(str(budget.disk)).free // many, *links["disk"]))
+            tiers.append(Tier("disk", int(min(free for free, _ in found) * share), *links["disk"]))
         return tiers
 
     def _each(self, call: Callable[[Any], Any]) -> list[Any]:
@@ -81,8 +92,8 @@ class Memory:
         self.residency.begin()
         self._tell(self.residency.only((), "load"))
 
-    def loaded(self, stage: StageConfig, train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]) -> None:
-        """The ranks hold the stage's models. model: its configuration's values."""
+    def loaded(self, stage: StageConfig, train: TrainConfig, rollout: RolloutConfig, config: PreTrainedConfig) -> None:
+        """The ranks hold the stage's models. config: the policy's."""
         if not self.on:
             return
         add, sizes = self.residency.add, self._each(lambda rank: rank.components.remote())
@@ -90,7 +101,7 @@ class Memory:
             nbytes, moves = self._all([size[name][0] for size in sizes]), name in TRAINER
             there = moves and name != "optimizer"  # its states come to be in the first step
             add(name, nbytes, pieces, moves=moves, here=there, streamed=name == "optimizer")
-        for phase, nbytes in predicted_work(stage, train, rollout, model).items():
+        for phase, nbytes in predicted_work(stage, train, rollout, model_of(config), not self._cuda).items():
             add(f"work in {phase}", nbytes, moves=False, here=False, phases=(phase,), remade=0.0)
         self.residency.cycle = ["handover", "generate"] * isinstance(stage, RolloutStageConfig)
         self.residency.cycle += ["reference"] * ("reference" in sizes[0])
@@ -105,21 +116,32 @@ class Memory:
         self.residency.add(name, nbytes, here=False, phases=("score",), remade=nbytes / READ)
         if "score" not in self.residency.cycle:
             self.residency.cycle.insert(2, "score")
+            self.residency.add("work in score", 0, moves=False, here=False, phases=("score",), remade=0.0)
 
     # -- a phase -----------------------------------------------------------------------------------------------
 
     def enter(self, phase: str) -> bool:
         """Make resident what a phase needs. Whether the engines need a hand-over before they sample again."""
-        if phase == self._phase or (phase == "score" and not self._judges):
+        same = phase == self._phase and self.residency.cycle != [phase]
+        if same or (phase == "score" and not self._judges):
             return False
         if self._phase == "handover":
             self.left("handover")
             self._store = 0  # the next stage's baseline has it
         return self._bring(phase, lambda: self.residency.enter(phase))
 
-    def only(self, names: Sequence[str], phase: str, *, changed: bool = False) -> bool:
+    def only(self, names: Sequence[str], phase: str) -> bool:
         """As `Residency.only`, now; as `enter` says."""
-        return self._bring(phase, lambda: self.residency.only(names, phase, changed))
+        return self._bring(phase, lambda: self.residency.only(names, phase))
+
+    def checkpoint(self, *, changed: bool = False) -> bool:
+        """Parameters, and where there is room the optimiser's states; else a piece of these at a time can come."""
+        names = "parameters", "optimizer"
+        try:
+            return self._bring("checkpoint", lambda: self.residency.only(names, "checkpoint", changed))
+        except ResidencyError:
+            visiting = lambda: self.residency.only(names[:1], "checkpoint", changed, visiting="optimizer")  # noqa: E731
+            return self._bring("checkpoint", visiting)
 
     def _bring(self, phase: str, rounds: Callable[[], Sequence[Sequence[Place]]]) -> bool:
         if not self._started:  # what is in use beyond what can move is the processes' own
@@ -165,8 +187,6 @@ class Memory:
     def _tell(self, rounds: Sequence[Sequence[Place]]) -> bool:
         """Have places taken, round by round; the third begins only, and the ranks wait for it before the next. Whether
         an engine lost anything."""
-        if reserved := self.residency.to_reserve():
-            self._each(lambda rank: rank.reserve.remote(reserved))
         lost = False
         for number, places in enumerate(rounds):
             mine, theirs = ([p for p in places if p.component in kind] for kind in (TRAINER, ENGINE))
@@ -220,21 +240,21 @@ def used_by_processes() -> int:
 
 
 def predicted_work(
-    stage: StageConfig, train: TrainConfig, rollout: RolloutConfig, model: Mapping[str, Any]
+    stage: StageConfig, train: TrainConfig, rollout: RolloutConfig, model: Model, on_cpu: bool
 ) -> dict[str, int]:
-    """Bytes that a phase takes beside what moves, roughly, until they have been measured: activations, logits, the
-    buffers of a hand-over. model: its configuration's values."""
-    inner, layers = model["intermediate_size"], model["num_hidden_layers"]
-    if routed_experts(model) and "moe_intermediate_size" in model:
-        inner = model["moe_intermediate_size"] * model["num_experts_per_tok"]
-    tokens = train.tokens_per_rank * train.world
+    """Bytes that a phase takes beside what moves, until they have been measured: activations, logits, what is gathered,
+    the buffers of a hand-over; on the CPU of all ranks together."""
+    tokens, spoken = train.tokens_per_rank, 1.0
     if isinstance(stage, RolloutStageConfig):
-        tokens = min(tokens, stage.prompts_per_step * stage.completions * rollout.max_length)
-    layer = 16 * model["hidden_size"] + 4 * inner
-    forward = 4 * tokens * (3 * model["vocab_size"] + layer)
+        length, spoken = rollout.max_length, stage.max_new_tokens / rollout.max_length
+        tokens = min(tokens, ceil(stage.prompts_per_step / train.world) * stage.completions * length)
+    else:
+        length = stage.max_length
+    ranks = train.world if on_cpu else 1
+    forward = ranks * (logits(model, train, ceil(tokens * spoken)) + gathered(model, train, micro_batches=2))
     return {
-        "handover": 4 * rollout.bucket_mb * 2**20,
-        "generate": 16 * rollout.max_num_seqs * model["vocab_size"],
+        "handover": 4 * min(rollout.bucket_mb * 2**20, SIZE[rollout.dtype] * (model.dense + model.routed)),
+        "generate": 16 * rollout.max_num_seqs * model.values["vocab_size"],
         "reference": forward,
-        "train": forward + 4 * tokens * layers * (model["hidden_size"] if train.activation_checkpointing else layer),
+        "train": forward + ranks * activations(model, train, tokens, length, on_cpu),
     }

@@ -4,11 +4,8 @@ The top tier is where tensors live: `device` on CUDA, `host` on the CPU. Below i
 and on both a file on `disk`, with direct I/O: the page cache would otherwise keep in memory what was moved out of it.
 """
 
-import ctypes
-import errno
 import mmap
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from hybrid_engine.disk import BLOCK, File
 from rollout.vllm.sleep import trim
 
-PAGE, BLOCK = 2**24, 4096
-"""Bytes that move at a time, and what direct I/O wants sizes, offsets and addresses to be multiples of."""
+PAGE = 2**24
+"""Bytes that move at a time."""
 LARGE = 2**21
 """Bytes from which on torch aligns a tensor's memory to blocks (`ALIGNED`): it then needs no buffer."""
 ALIGNED = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -46,11 +44,7 @@ class Place(NamedTuple):
     streamed: bool = False
 
 
-class DiskError(OSError):
-    """The disk cannot be used, or is full."""
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Piece:
     """tensors: what it now consists of (optimiser states come to be in the first step); asked when it leaves the top
     tier. slot: where it lies in its component's file. pages: its copy in pinned memory."""
@@ -65,41 +59,13 @@ class Piece:
         """Its bytes, a page at most in each run: of one storage, or of several that are small."""
         runs: list[list[Part]] = [[]]
         for storage, nbytes in self.storages:
+            alone = nbytes >= (PAGE if storage.device.type == "cuda" else LARGE)
             for start in range(0, nbytes, PAGE):
                 part = storage, start, min(nbytes, start + PAGE)
-                if nbytes >= LARGE or _length(runs[-1]) + nbytes > PAGE or (runs[-1] and runs[-1][0][2] >= LARGE):
+                if alone or _length(runs[-1]) + nbytes > PAGE or (runs[-1] and runs[-1][0][2] >= LARGE):
                     runs.append([])
                 runs[-1].append(part)
         return [run for run in runs if run]
-
-
-class File:
-    """`size` bytes on the disk that vanish with the process. Raises DiskError where they cannot be had."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
-            os.posix_fallocate(self.fd, 0, max(size, BLOCK))
-        except OSError as error:
-            free = f", {shutil.disk_usage(folder).free / 2**30:.2f} GiB are free" if folder.is_dir() else ""
-            raise DiskError(
-                error.errno, f"memory.disk: {folder}: {error.strerror}; {size / 2**30:.2f} GiB are needed{free}"
-            ) from error
-
-    def write(self, page: torch.Tensor, offset: int) -> None:
-        """Write a page, or the first blocks of one."""
-        try:
-            if os.pwrite(self.fd, _memory(page), offset) < len(page):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise DiskError(error.errno, f"memory.disk: {self.folder}: {error.strerror}, while writing") from error
-
-    def read(self, page: torch.Tensor, offset: int) -> None:
-        """Read into a page, or the first blocks of one."""
-        if os.preadv(self.fd, [_memory(page)], offset) < len(page):
-            raise DiskError(errno.EIO, f"memory.disk: {self.folder}: it holds less than was written")
 
 
 class Offloader:
@@ -112,6 +78,7 @@ class Offloader:
         self._pieces: dict[str, list[Piece]] = {}
         self._sizes: dict[str, int] = {}
         self._files: dict[str, File] = {}
+        self._guest: list[Place] = []
         self._free: list[torch.Tensor] = []
         self._side = torch.cuda.Stream(device) if self._cuda else None
         self._rooms = [self._page(), self._page()]
@@ -119,10 +86,13 @@ class Offloader:
         self._moving: list[Future[Any]] = []
 
     def add(self, name: str, pieces: Sequence[Tensors], nbytes: int) -> None:
-        """A component, all of it in the top tier; nbytes: at most, of a piece, and a block more for each tensor."""
+        """A component, all of it in the top tier; nbytes: at most, of a piece, and a block more for each tensor.
+        Raises DiskError where a disk is to be used and has no room for all of it."""
         slot = (-(-nbytes // BLOCK) + 1) * BLOCK
-        self._sizes[name] = len(pieces) * slot
+        self._sizes[name] = slot
         self._pieces[name] = [Piece(tensors, self.top_alone, i * slot) for i, tensors in enumerate(pieces)]
+        if self._folder is not None:
+            self._files[name] = File(self._folder, len(pieces) * slot)
 
     def clear(self) -> None:
         """Forget every component."""
@@ -130,11 +100,6 @@ class Offloader:
         self._pieces.clear()
         while self._files:
             os.close(self._files.popitem()[1].fd)
-
-    def reserve(self, name: str) -> None:
-        """Take the room on the disk that a component will need. Raises DiskError."""
-        if name not in self._files:
-            self._files[name] = File(self._folder, self._sizes[name])
 
     def place(self, places: Sequence[Place], *, wait: bool = True) -> None:
         """Bring pieces to their tiers. wait: until they are there, and all that was begun before."""
@@ -148,16 +113,28 @@ class Offloader:
         for move in moving:
             move.result()
 
-    def stream(self, name: str, numbers: Sequence[int], below: frozenset[str]) -> Iterator[int]:
-        """Yield each number while its piece is in the top tier, to be changed; meanwhile the next one is fetched, and
-        the one before goes back to the tiers `below`."""
-        self.place([Place(name, number, self.top_alone) for number in numbers[:1]])
-        for number, after in zip_longest(numbers, numbers[1:]):
-            self.place([] if after is None else [Place(name, after, self.top_alone)], wait=False)
-            yield number
+    def stream(self, places: Sequence[Place]) -> Iterator[int]:
+        """Yield the number of each piece while it is in the top tier, to be changed; meanwhile the next one is fetched,
+        and the one before goes back to its place."""
+        self.place([place._replace(tiers=self.top_alone) for place in places[:1]])
+        for place, after in zip_longest(places, places[1:]):
+            self.place([] if after is None else [after._replace(tiers=self.top_alone)], wait=False)
+            yield place.piece
             self.wait()
-            self.place([Place(name, number, below)], wait=False)
+            self.place([place], wait=False)
         self.wait()
+
+    def visit(self, name: str, number: int | None, *, changed: bool = False) -> None:
+        """Have a piece in the top tier (`changed` there), and the one that visited before at its place again; None:
+        only that."""
+        if self._guest and self._guest[0].piece == number:
+            return
+        places, self._guest = self._guest, []
+        if number is not None:
+            held = self._pieces[name][number].held
+            self._guest = [Place(name, number, held)]
+            places = [*places, Place(name, number, self.top_alone if changed else held | self.top_alone)]
+        self.place(places)
 
     def speeds(self) -> dict[str, tuple[float, float]]:
         """Bytes/s (down, up) of the link above each lower tier, measured with eight pages."""
@@ -175,12 +152,13 @@ class Offloader:
 
     def _place(self, places: Sequence[Place]) -> None:
         with torch.cuda.stream(self._side) if self._cuda else nullcontext():
-            freed = [self._bring(self._pieces[p.component][p.piece], p.component, p.tiers) for p in places]
+            freed = [self._bring(place) for place in places]
         if any(freed):
             trim(self._cuda)
 
-    def _bring(self, piece: Piece, name: str, tiers: frozenset[str]) -> bool:
+    def _bring(self, place: Place) -> bool:
         """Whether this freed memory of the top tier."""
+        name, tiers, piece = place.component, place.tiers, self._pieces[place.component][place.piece]
         for tier in sorted(tiers - piece.held, key=RISING.index, reverse=True):
             source = max(piece.held, key=RISING.index)
             if source == self.top:
@@ -188,8 +166,6 @@ class Offloader:
             if tier == self.top:
                 for storage, nbytes in piece.storages:
                     storage.resize_(nbytes)
-            if tier == "disk":
-                self.reserve(name)
             self._copy(name, piece, source, tier)
             piece.held |= {tier}
         freed = self.top in piece.held - tiers
@@ -208,8 +184,7 @@ class Offloader:
         runs, file = piece.runs(), self._files.get(name)
         sizes = [-(-_length(run) // BLOCK) * BLOCK for run in runs]
         offsets = list(accumulate(sizes, initial=piece.slot))
-        most = self._sizes[name] // len(self._pieces[name])
-        assert offsets[-1] - piece.slot <= most, f"{name}: a piece is larger than its slot"
+        assert offsets[-1] - piece.slot <= self._sizes[name], f"{name}: a piece is larger than its slot"
         if self._side is not None:  # what was enqueued for these tensors, their allocation too, comes first
             self._side.wait_stream(torch.cuda.default_stream())
         if self._cuda and target == "host":
@@ -259,11 +234,6 @@ class Offloader:
         return torch.frombuffer(mmap.mmap(-1, PAGE), dtype=torch.uint8)
 
 
-def _memory(page: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
-    """The bytes themselves; `page.numpy()` would fix the size of its storage for good."""
-    return (ctypes.c_char * len(page)).from_address(page.data_ptr())
-
-
 def _length(run: Sequence[Part]) -> int:
     return sum(end - start for _, start, end in run)
 
@@ -273,7 +243,7 @@ def _bytes(part: Part) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[start:end]
 
 
-def spread(sizes: Mapping[Any, int], most: int = 8) -> list[list[Any]]:
+def spread(sizes: Mapping[Any, int], most: int = 32) -> list[list[Any]]:
     """The keys in at most `most` pieces of about equal bytes, none of them empty."""
     largest = max(sizes.values(), default=0)
     count = max(1, min(most, sum(sizes.values()) // max(1, largest)))

@@ -68,7 +68,6 @@ class Residency:
         self._measured: dict[str, float] = {}  # seconds
         self._planned: dict[str, float] = {}
         self._schedule: Schedule | None = None
-        self._reserved: set[str] = set()
 
     def add(
         self, name: str, nbytes: int, pieces: int = 1, *, here: bool = True, moves: bool = True,
@@ -78,21 +77,14 @@ class Residency:
         tables above do not say it."""
         needed = frozenset(phases or NEEDED[name])
         again = {REMADE[name]: 0.0} if name in REMADE else dict.fromkeys(needed if remade is not None else (), remade)
-        changed = frozenset(CHANGED.get(name, ())) if moves else needed  # a copy of it would be of no use
-        component = Component(name, nbytes, needed, changed, again, pieces, needed if streamed else frozenset())
+        changed, copied = frozenset(CHANGED.get(name, ())), moves and not again
+        component = Component(name, nbytes, needed, changed, again, pieces, needed if streamed else frozenset(), copied)
         self._held[name] = Held(component, [self._top if here else frozenset()] * pieces, moves)
 
     def resident(self) -> int:
         """Bytes of what moves and lies in the top tier now."""
         held = [h for h in self._held.values() if h.moves]
         return sum(h.component.piece * sum(self._top <= tiers for tiers in h.tiers) for h in held)
-
-    def to_reserve(self) -> list[str]:
-        """Components that the schedule brings to the disk, and that were not named before."""
-        moves = self._schedule.moves if self._schedule is not None else ()
-        found = {m.component for m in moves if "disk" in m.after and self._held[m.component].moves} - self._reserved
-        self._reserved |= found
-        return sorted(found)
 
     # -- phases ------------------------------------------------------------------------------------------------
 
@@ -120,25 +112,33 @@ class Residency:
         """A component's moves during a phase: they include those of what stays."""
         return [m for m in self._schedule.moves if (m.component, m.phase, m.when) == (name, phase, "during")]
 
-    def only(self, names: Iterable[str], phase: str, changed: bool = False) -> list[list[Place]]:
+    def only(
+        self, names: Iterable[str], phase: str, changed: bool = False, visiting: str | None = None
+    ) -> list[list[Place]]:
         """As `enter`, for what is not of the step (an eval, a checkpoint): these components in the top tier whole, all
-        else out of it. changed: their copies elsewhere become stale. Raises ResidencyError where they do not fit."""
-        names, wanted, total = set(names), {}, 0
+        else out of it, in the highest of the others that has room. changed: their copies elsewhere become stale.
+        visiting: a component whose pieces will visit one at a time. Raises ResidencyError where they do not fit."""
+        names, wanted = set(names), {}
+        used = dict.fromkeys((tier.name for tier in self.tiers), 0)
+        used[self.tiers[0].name] = self._held[visiting].component.piece if visiting else 0
         for name, held in self._held.items():
-            fixed = not held.moves and phase in held.component.needed_in
-            stays = not held.component.remake and len(self.tiers) == 1
-            if name in names or fixed or stays:
-                total += held.component.bytes
-                stale = changed or phase in held.component.changed_in
-                wanted[name] = [self._top if stale else tiers | self._top for tiers in held.tiers]
-            elif held.component.remake or not held.moves:
-                wanted[name] = [frozenset()] * len(held.tiers)
-            else:
-                below = frozenset({self.tiers[-1].name})
-                wanted[name] = [tiers - self._top or below for tiers in held.tiers]
-        capacity, tier = self.tiers[0].capacity, self.tiers[0].name
-        if total > capacity:
-            raise ResidencyError(phase, tier, total - capacity, {tier: total})
+            part, wanted[name] = held.component, []
+            fixed = not held.moves and phase in part.needed_in
+            stale = changed or phase in part.changed_in
+            for tiers in held.tiers:
+                if name in names or fixed or (part.copied and len(self.tiers) == 1):
+                    there = self._top if stale else tiers | self._top
+                elif part.copied:
+                    fitting = [t.name for t in self.tiers[1:] if used[t.name] + part.piece <= t.capacity]
+                    there = tiers - self._top or frozenset(fitting[:1] or [self.tiers[-1].name])
+                else:
+                    there = frozenset()
+                wanted[name].append(there)
+                for tier in there:
+                    used[tier] += part.piece
+        for tier in self.tiers:
+            if used[tier.name] > tier.capacity:
+                raise ResidencyError(phase, tier.name, used[tier.name] - tier.capacity, {tier.name: used[tier.name]})
         return self._go(wanted)
 
     def _go(self, wanted: Mapping[str, Sequence[frozenset[str]]]) -> list[list[Place]]:
@@ -162,7 +162,8 @@ class Residency:
         work = self._held.get(f"work in {phase}")
         if work is not None:
             least = work.component.bytes if phase in self._measured else 0
-            found = max(least, int(SPARE * peak) - (self.predicted[phase] - work.component.bytes))
+            solved_for = self._solved.get(work.component.name, 0)
+            found = max(least, int(SPARE * peak) - (self.predicted[phase] - solved_for))
             work.component = replace(work.component, bytes=found)
         self._measured[phase] = seconds
 

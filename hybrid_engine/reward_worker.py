@@ -93,6 +93,7 @@ class ModelReward:
         self.config, self.worker, self._turn = config, worker, turn
         self.thread = ThreadPoolExecutor(1)
         self._allowed = threading.Event()
+        self._closed = False
 
     def allow(self) -> None:
         """The devices have room for the model."""
@@ -101,7 +102,8 @@ class ModelReward:
     def release(self) -> None:
         """They need it for something else."""
         self.hold()
-        self._get(self.worker.release.remote())
+        if not self._closed:
+            self._get(self.worker.release.remote())
 
     def hold(self) -> None:
         """It is no longer the model's turn."""
@@ -127,6 +129,7 @@ class ModelReward:
 
     def close(self) -> None:
         """End the actor."""
+        self._closed = True
         ray.kill(self.worker)
         self._allowed.set()
         self.thread.shutdown()

@@ -1,8 +1,9 @@
 """One training rank: an actor that holds its share of the policy, of the optimiser and of the reference."""
 
 import os
+import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -20,9 +21,10 @@ from alignment.logprobs import token_logprobs, token_scores
 from alignment.policy import RankPolicy, UpdateStats
 from alignment.protocols import Loss, TrainRow
 from alignment.routing import Routing
-from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
+from hybrid_engine.checkpoint import Pieces, load_checkpoint, save_checkpoint, save_final
+from hybrid_engine.disk import BLOCK
 from hybrid_engine.loading import load_model
-from hybrid_engine.offload import BLOCK, Offloader, Place, local, spread
+from hybrid_engine.offload import Offloader, Place, local, spread
 from hybrid_engine.placement import Worker
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
 from hybrid_engine.transport import Meeting, Sender, Sent, Way, join
@@ -75,6 +77,7 @@ class TrainWorker(Worker):
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
         Returns the number of buckets of a hand-over, none of a reward model."""
         self._packer = self._packed = self._reference = self._policy = None
+        self._shares: list[list[str]] = []
         if self._offloader is not None:
             self._offloader.clear()
         self._policy = self._build(model_dir, stage, self._config)
@@ -111,48 +114,44 @@ class TrainWorker(Worker):
 
     # -- memory ------------------------------------------------------------------------------------------------
 
-    def offload(self, folder: Path | None) -> dict[str, tuple[float, float]]:
-        """Get ready to move tensors, to `folder` too; as `Offloader.speeds`."""
+    def offload(self, folder: Path | None) -> tuple[int, dict[str, tuple[float, float]]]:
+        """Get ready to move tensors, to `folder` too: its free bytes, and as `Offloader.speeds`."""
         self._offloader = Offloader(self._device, folder)
-        return self._offloader.speeds()
+        speeds = self._offloader.speeds()
+        return 0 if folder is None else shutil.disk_usage(folder).free, speeds
 
     def components(self) -> dict[str, tuple[int, int]]:
         """What this rank holds: name -> bytes, pieces. Optimiser states are still to come."""
-        policy = self._loaded
-        parameters, optimizer = list(policy.model.parameters()), policy.optimizer
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        states, parameters = self._loaded.optimizer.state, dict(self._loaded.model.named_parameters())
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
-        def states(parameter: torch.Tensor) -> list[torch.Tensor]:
-            held = optimizer.state.get(parameter, {})
-            return [value for value in held.values() if value.ndim]
+        def moments(parameter: torch.Tensor) -> list[torch.Tensor]:
+            return [value for value in states.get(parameter, {}).values() if value.ndim]
 
         found = {"parameters": self._component("parameters", parameters, lambda p: [p])}
-        found["gradients"] = sum(_nbytes(p) for p in trained), 1
-        found["optimizer"] = self._component("optimizer", trained, states, copies=2)
+        found["gradients"] = sum(_nbytes(p) for p in trained.values()), 1
+        found["optimizer"] = self._component("optimizer", trained, moments, copies=2)
         if self._reference is not None:
-            reference = list(self._reference.model.parameters())
+            reference = dict(self._reference.model.named_parameters())
             found["reference"] = self._component("reference", reference, lambda p: [p])
         trim()
         return found
 
-    def _component(self, name: str, parameters: list[Any], held: Any, copies: int = 1) -> tuple[int, int]:
-        sizes = {number: copies * _nbytes(parameter) for number, parameter in enumerate(parameters)}
-        pieces = spread(
-            {number: parameter.numel() for number, parameter in enumerate(parameters)}
-        )  # on all ranks alike
+    def _component(
+        self, name: str, parameters: dict[str, Any], held: Callable[[Any], list[torch.Tensor]], copies: int = 1
+    ) -> tuple[int, int]:
+        pieces = spread({key: parameter.numel() for key, parameter in parameters.items()})  # on all ranks alike
+        sizes = {key: copies * _nbytes(parameter) for key, parameter in parameters.items()}
         # FSDP pads a shard by less than a row when it is first used; and each tensor has whole blocks.
-        rows = [copies * (8 * p.numel() // max(1, min(p.shape[:2], default=1)) + BLOCK) for p in parameters]
-        most = max(sum(sizes[number] + rows[number] for number in piece) for piece in pieces)
-        tensors = [lambda own=piece: [t for number in own for t in held(parameters[number])] for piece in pieces]
+        rows = {
+            k: copies * (8 * p.numel() // max(1, min(p.shape[:2], default=1)) + BLOCK) for k, p in parameters.items()
+        }
+        most = max(sum(sizes[key] + rows[key] for key in piece) for piece in pieces)
+        tensors = [lambda own=piece: [t for key in own for t in held(parameters[key])] for piece in pieces]
         self._offloader.add(name, tensors, most)
         if name == "optimizer":
-            self._shares = [[parameters[number] for number in piece] for piece in pieces]
+            self._shares = pieces
         return sum(sizes.values()), len(pieces)
-
-    def reserve(self, names: Sequence[str]) -> None:
-        """As `Offloader.reserve`, for those of `names` that this rank has."""
-        for name in names:
-            self._offloader.reserve(name)
 
     def place(self, places: Sequence[Place], during: bool) -> None:
         """Move now; or begin to, `during` the work to come, and let updates stream what is to be streamed."""
@@ -160,20 +159,33 @@ class TrainWorker(Worker):
         self._streamed = [place for place in places if place.streamed]
         ahead = [Place(place.component, place.piece, self._offloader.top_alone) for place in self._streamed[:1]]
         self._offloader.place([*back, *(place for place in places if not place.streamed), *ahead], wait=not during)
+        if not during:
+            trim(self._device.type == "cuda")  # what this rank's allocator keeps is wanted by the engine's
+
+    @property
+    def _pieces(self) -> Pieces | None:
+        """The optimiser's states as a checkpoint takes them where they may lie elsewhere."""
+        if self._offloader is None:
+            return None
+        return Pieces(self._shares, lambda number, changed: self._offloader.visit("optimizer", number, changed=changed))
 
     def device_memory(self) -> tuple[int, int]:
-        """Bytes of this rank's device that are in use, by whomever, and all."""
+        """Bytes of this rank's device that were in use at most, by this rank since the last call, and all."""
         free, whole = torch.cuda.mem_get_info(self._device)
-        return whole - free, whole
+        more = torch.cuda.max_memory_reserved(self._device) - torch.cuda.memory_reserved(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return whole - free + more, whole
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         """One step of the optimiser; states that are streamed visit for theirs piece by piece."""
         if not self._streamed:
             optimizer.step()
             return
-        numbers = [place.piece for place in self._streamed]
+        numbers = {place.piece for place in self._streamed}
         whole = [group["params"] for group in optimizer.param_groups]
-        staying = [p for number, share in enumerate(self._shares) if number not in numbers for p in share]
+        parameters = dict(self._loaded.model.named_parameters())
+        shares = [[parameters[name] for name in share] for share in self._shares]
+        staying = [p for number, share in enumerate(shares) if number not in numbers for p in share]
 
         def step(share: Sequence[torch.Tensor]) -> None:
             chosen = set(map(id, share))
@@ -185,8 +197,8 @@ class TrainWorker(Worker):
 
         try:
             step(staying)
-            for number in self._offloader.stream("optimizer", numbers, self._streamed[0].tiers):
-                step(self._shares[number])
+            for number in self._offloader.stream(self._streamed):
+                step(shares[number])
         finally:
             for group, parameters in zip(optimizer.param_groups, whole, strict=True):
                 group["params"] = parameters
@@ -243,8 +255,8 @@ class TrainWorker(Worker):
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Begin to write all that a resumed stage needs, once the one before is written; `extra` is the driver's."""
         self.finish_checkpoint()
-        copy = self._offloader is None
-        self._saving = save_checkpoint(path, self._loaded.model, self._loaded.optimizer, extra, self._background, copy)
+        what = self._loaded.model, self._loaded.optimizer, extra, self._background, self._pieces
+        self._saving = save_checkpoint(path, *what)
 
     def finish_checkpoint(self) -> None:
         """Wait until the last checkpoint is written."""
@@ -254,7 +266,7 @@ class TrainWorker(Worker):
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of this stage; the driver's `extra`."""
-        return load_checkpoint(path, self._loaded.model, self._loaded.optimizer)
+        return load_checkpoint(path, self._loaded.model, self._loaded.optimizer, self._pieces)
 
     def save_final(self, path: Path) -> None:
         """Write the weights as a Transformers directory."""

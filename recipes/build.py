@@ -82,7 +82,7 @@ def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: 
 def _budget(recipe: Recipe, console: Console) -> Budget | None:
     """The recipe's `memory`; None where nothing is to be moved."""
     memory = recipe.memory
-    if not memory or memory.get("offload") in ("off", False):
+    if not recipe.offloads:
         return None
     device, host = (memory_bytes(memory[key]) if key in memory else None for key in ("device", "host"))
     return Budget(device, host, recipe.folder / memory["disk"] if "disk" in memory else None, console.print)

@@ -131,6 +131,11 @@ class Recipe(Config):
         """`data_dir`, read from `base_dir`."""
         return None if self.data_dir is None else self.folder / self.data_dir
 
+    @property
+    def offloads(self) -> bool:
+        """Whether what a phase does not need is to be moved out of its way."""
+        return bool(self.memory) and self.memory.get("offload") not in ("off", False)
+
     def start_of(self, stage: Stage) -> Stage | None:
         """The stage whose final weights `stage` starts from; None: the model of the recipe."""
         earlier = [other for other in self.stages[: self.stages.index(stage)] if other.is_policy]
@@ -170,7 +175,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         earlier[stage.name] = stage
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
         yield ("evals", "max_new_tokens"), no_room
-    if recipe.memory and recipe.rollout.placement == "split":
+    if recipe.offloads and recipe.rollout.placement == "split":
         yield ("memory",), "is for ranks that take turns on a device, and `rollout.placement` is `split`: leave one out"
 
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from hybrid_engine import offload
-from hybrid_engine.offload import ALIGNED, BLOCK, PAGE, DiskError, Offloader, Place, spread
-from rollout.vllm.sleep import Sleep
+from hybrid_engine.disk import BLOCK, DiskError, File
+from hybrid_engine.offload import ALIGNED, PAGE, Offloader, Place, spread
+from rollout.vllm.sleep import TAGS, Sleep
 
 CPU = torch.device("cpu")
 TOP, DISK, BOTH = frozenset({"host"}), frozenset({"disk"}), frozenset({"host", "disk"})
@@ -61,7 +61,8 @@ def test_memory_that_begins_at_a_block_goes_to_the_disk_as_it_is(tmp_path: Path)
     code = f"""
 import torch
 from pathlib import Path
-from hybrid_engine.offload import ALIGNED, BLOCK, PAGE, Offloader, Place
+from hybrid_engine.offload import PAGE, Offloader, Place
+from hybrid_engine.disk import BLOCK
 tensors = [torch.randn(PAGE // 2), torch.randn(PAGE // 4 + 1), torch.randn(7)]
 before, moved, copied = [t.clone() for t in tensors], Offloader(torch.device("cpu"), Path("{tmp_path}")), []
 copy_ = torch.Tensor.copy_
@@ -80,8 +81,8 @@ assert max(copied) == 28, copied  # only the rests: 4 and 28 bytes
 
 def test_a_copy_kept_below_is_dropped_or_read_and_never_written_twice(tmp_path: Path, monkeypatch) -> None:
     written: list[int] = []
-    write = offload.File.write
-    monkeypatch.setattr(offload.File, "write", lambda self, page, at: (written.append(at), write(self, page, at))[1])
+    write = File.write
+    monkeypatch.setattr(File, "write", lambda self, page, at: (written.append(at), write(self, page, at))[1])
     tensors = [torch.randn(3 * PAGE // 4) for _ in range(3)]
     before = sums(tensors)
     moved = Offloader(CPU, tmp_path)
@@ -114,8 +115,8 @@ def test_streamed_optimizer_steps_equal_one_step_and_hold_two_pieces_at_most(tmp
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient.clone()
         optimizers[0].step()
-        for number in moved.stream("o", range(5), DISK):
-            assert len(here()) <= 3  # this one, the next, and the one before until it is written
+        for number in moved.stream([Place("o", number, DISK) for number in range(5)]):
+            assert len(here()) <= 2  # this one and the next
             optimizers[1].param_groups[0]["params"] = [models[1][number]]
             optimizers[1].step()
         assert here() == []
@@ -126,8 +127,7 @@ def test_an_error_while_moving_in_the_background_is_raised_at_the_next_move(tmp_
     tensor = torch.randn(PAGE)
     moved = Offloader(CPU, tmp_path)
     moved.add("p", [lambda: [tensor]], 4 * PAGE)
-    moved.reserve("p")
-    monkeypatch.setattr(offload.os, "pwrite", _full)
+    monkeypatch.setattr(os, "pwrite", _full)
     moved.place([Place("p", 0, DISK)], wait=False)
     with pytest.raises(DiskError, match=f"memory.disk: {tmp_path}: No space left on device, while writing") as error:
         moved.place([])
@@ -144,7 +144,7 @@ def test_a_write_that_stops_half_way_is_a_full_disk(tmp_path: Path, monkeypatch)
     moved = Offloader(CPU, tmp_path)
     moved.add("p", [lambda: [tensor]], 4 * PAGE)
     pwrite = os.pwrite
-    monkeypatch.setattr(offload.os, "pwrite", lambda fd, data, at: pwrite(fd, memoryview(data)[: len(data) // 2], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, memoryview(data)[: len(data) // 2], at))
     with pytest.raises(DiskError, match="No space left on device"):
         moved.place([Place("p", 0, DISK)])
 
@@ -161,9 +161,8 @@ def test_a_disk_that_cannot_be_used_or_is_too_small_is_said_before_anything_move
         (Path("/proc/self"), 1, "memory.disk: /proc/self: "),
     ):
         moved = Offloader(CPU, folder)
-        moved.add("p", [list], size)
         with pytest.raises(DiskError, match=message):
-            moved.reserve("p")
+            moved.add("p", [list], size)
 
 
 def test_shards_of_fsdp_leave_and_come_back(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_pieces_are_about_equal_and_none_is_empty() -> None:
     sizes = {i: 5 + i % 7 for i in range(100)}
     pieces = spread(sizes)
     totals = [sum(sizes[i] for i in piece) for piece in pieces]
-    assert len(pieces) == 8 and sorted(i for piece in pieces for i in piece) == list(range(100))
+    assert len(pieces) == 32 and sorted(i for piece in pieces for i in piece) == list(range(100))
     assert max(totals) - min(totals) <= 11
 
 
@@ -256,10 +255,11 @@ def test_pinned_pages_are_made_once_and_copies_wait_for_the_work_before_and_end_
 
 
 class FakeLlm:
-    """vLLM's sleep mode: what it was told, and a model with two parameters that share storage, and a cache."""
+    """vLLM's sleep mode by its executors' rules: from 0.32 on it is asleep whose weights are, before whoever sleeps in
+    part; a model with two parameters, and a cache."""
 
-    def __init__(self) -> None:
-        self.told: list[object] = []
+    def __init__(self, version: tuple[int, int]) -> None:
+        self.version, self.asleep, self.saved = version, set[str](), False
         self.model, self.kv_caches = torch.nn.Linear(10, 10), [torch.zeros(300)]
 
     def collective_rpc(self, function):
@@ -269,19 +269,29 @@ class FakeLlm:
         return [function(Worker)]
 
     def sleep(self, level: int) -> None:
-        self.told.append(level)
+        assert level == 2 and not self.asleep, "vLLM warns, and frees nothing"
+        self.asleep, self.saved = {"weights", "kv_cache"}, True
 
     def wake_up(self, tags: list[str]) -> None:
-        self.told.append(tags)
+        assert self.asleep.issuperset(tags), "vLLM warns, and wakes nothing"
+        self.asleep -= set(tags)
+        if self.saved and (self.version < (0, 32) or "weights" in tags):
+            assert "weights" not in self.asleep, "buffers are written to memory that is not there"
+            self.saved = False
 
 
-def test_on_cuda_vllm_sleeps_and_wakes_in_stages() -> None:
-    llm = FakeLlm()
+@pytest.mark.parametrize("version", [(0, 25), (0, 32)])
+@pytest.mark.parametrize("last", [{"weights"}, {"KV cache"}, set(), {"weights", "KV cache"}])
+def test_on_cuda_vllm_sleeps_and_wakes_in_stages(version: tuple[int, int], last: set[str]) -> None:
+    llm = FakeLlm(version)
     sleep = Sleep(llm, "cuda")
-    assert sleep.give_up() == {"weights": 440, "KV cache": 1200}
-    assert sleep.hold({"weights"}) is False
-    assert sleep.hold({"weights", "KV cache"}) is False
-    assert llm.told == [2, ["weights"], ["kv_cache"]]
-    assert sleep.hold({"weights"}) is True  # level 2 keeps nothing: what stays is empty, too, until the hand-over
-    assert llm.told[3:] == [2, ["weights"]]
+    assert sleep.give_up() == {"weights": 440, "KV cache": 1200} and llm.asleep == {"weights", "kv_cache"}
+    for before in ({"weights"}, {"weights", "KV cache"}, {"KV cache"}, {"weights"}, {"weights", "KV cache"}):
+        held = sleep.hold(before)
+        assert held is (before == {"KV cache"})  # level 2 keeps nothing: the next hand-over fills it again
+        expected = set() if before == {"KV cache"} else {TAGS[name] for name in before}
+        assert llm.asleep == set(TAGS.values()) - expected
+    sleep.hold(last)
+    assert ("weights" in llm.asleep) is ("weights" not in last)
+    assert ("kv_cache" in llm.asleep) is (last != {"weights", "KV cache"})
     assert llm.kv_caches[0].untyped_storage().nbytes() == 1200  # vLLM's own business

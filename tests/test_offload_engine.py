@@ -17,6 +17,7 @@ import pytest
 import ray
 import test_engine
 from test_engine import begin, config, prompts, run_steps
+from test_model_rewards import classifier_dir
 from tiny import model_dir
 
 import hybrid_engine.engine as engine_module
@@ -27,6 +28,8 @@ from hybrid_engine.health import WorkerError
 from hybrid_engine.phases import Budget
 from hybrid_engine.residency import ResidencyError, Tier
 from hybrid_engine.train_worker import TrainWorker
+from rewards.config import RewardConfig
+from rewards.worker import Batch
 from rollout.config import RolloutConfig
 from rollout.types import Trajectory
 
@@ -39,17 +42,17 @@ class LimitedTrainer(TrainWorker):
     """A training rank whose disk may be full."""
 
     def fill_disk(self, full: bool) -> None:
-        from hybrid_engine import offload
+        from hybrid_engine import disk
 
         if full:
-            self._pwrite = offload.os.pwrite
+            self._pwrite = disk.os.pwrite
 
             def pwrite(*_: Any) -> int:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-            offload.os.pwrite = pwrite
+            disk.os.pwrite = pwrite
         else:
-            offload.os.pwrite = self._pwrite
+            disk.os.pwrite = self._pwrite
 
 
 ray.cloudpickle.register_pickle_by_value(__import__(__name__))
@@ -171,7 +174,9 @@ def test_a_run_within_a_budget_too_small_for_all_has_the_same_metrics(budgeted, 
     assert (tmp_path / "step-3").is_dir() and (tmp_path / "final" / "config.json").is_file()
 
 
-def test_streamed_optimizer_states_have_the_same_metrics(budgeted, unlimited, exact) -> None:
+def test_streamed_optimizer_states_have_the_same_metrics_and_are_saved_piece_by_piece(
+    budgeted, unlimited, exact, tmp_path
+) -> None:
     engine, said, _ = budgeted
     stage = SFTConfig(data={"path": "x.jsonl"}, steps=3, learning_rate=1e-3)
     row = Trajectory(np.arange(5, 25, dtype=np.int32), np.ones(20, bool), np.full(20, np.nan, np.float32), "stop")
@@ -180,9 +185,39 @@ def test_streamed_optimizer_states_have_the_same_metrics(budgeted, unlimited, ex
         engine.load(folder, folder, stage)
         if limit:
             exact(limit)
-        found.append([sft_step(engine, [row], stage, step, 3) for step in (1, 2, 3)])
+        found.append([sft_step(engine, [row], stage, step, 3) for step in (1, 2)])
+        engine.save_checkpoint(tmp_path / f"{limit}" / "step-2", {"step": 2})
+        engine.finish_checkpoint()
+        engine.take_metrics()
+        found[-1].append(sft_step(engine, [row], stage, 3, 3))
+        last = engine.take_metrics()["time/train"]
+        assert not limit or engine._memory.residency._measured["train"] < 1.5 * last + 0.1  # not of all steps since
     assert found[0] == found[1]
     assert "optimizer" in said[0] and "streamed from disk" in said[0]
+    for saved in ("None", "15.0"):  # what was saved in either way continues in either way
+        for limit in (15.0, None):
+            engine.load(folder, folder, stage)
+            exact(limit or 10_000)
+            assert engine.load_checkpoint(tmp_path / saved / "step-2")["step"] == 2
+            assert sft_step(engine, [row], stage, 3, 3) == found[0][2]
+
+
+def test_a_reward_model_is_read_again_for_its_turn_and_may_end_before_the_stage(budgeted, tmp_path) -> None:
+    engine, _, _ = budgeted
+    begin(engine, config())
+    folder = classifier_dir(tmp_path)
+    judge = engine.reward_model(RewardConfig(path=str(folder)), str(folder))
+    batch = Batch({"prompts": ["What is 2 plus 2?"], "completions": [" 4"]}, {})
+    with engine.phase("score"):
+        first = judge.call(batch).values
+    full = pss(judge.worker)
+    engine._move(lambda memory: memory.only(("parameters",), "checkpoint"))
+    assert full - pss(judge.worker) > 0.5 * ray.get(judge.worker.nbytes.remote())
+    with engine.phase("score"):
+        assert judge.call(batch).values == first
+    judge.close()
+    engine.save_final(tmp_path / "final")
+    begin(engine, config())
 
 
 def test_a_budget_that_cannot_work_is_said_before_the_first_step(budgeted, exact) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import DeepseekV2Config
 
 from alignment.config import GRPOConfig, SFTConfig, TrainConfig
+from hybrid_engine.footprint import model_of
 from hybrid_engine.memory import predicted_work, used_by_processes
 from hybrid_engine.offload import Place
 from hybrid_engine.phases import Residency
@@ -53,7 +55,6 @@ def test_where_all_fits_only_the_engine_comes_and_goes() -> None:
         assert rounds["generate"] == [set(), {("KV cache", HERE, False)}, set()]
         assert rounds["reference"] == [{("weights", NOWHERE, False), ("KV cache", NOWHERE, False)}, set(), set()]
         assert rounds["train"][0] == set() == rounds["train"][2]
-    assert held.to_reserve() == []
     assert held.predicted == {"handover": 560, "generate": 610, "reference": 460, "train": 560}
 
 
@@ -64,7 +65,6 @@ def test_a_budget_too_small_for_all_streams_the_optimizer_and_moves_the_referenc
     assert max(held.predicted.values()) <= 390
     assert ("optimizer", DISK, True) in second["train"][2]
     assert ("reference", DISK, False) in {*second["train"][0], *first["handover"][0], *second["handover"][0]}
-    assert held.to_reserve() == ["optimizer", "parameters", "reference"] and held.to_reserve() == []
     assert first.keys() == second.keys() and step(held) == second  # a step ends as it began
     assert len(said) == 1 and "optimizer" in said[0] and "streamed from disk" in said[0]
 
@@ -91,7 +91,7 @@ def test_what_no_phase_of_the_step_needs_is_given_up_or_stays_where_it_is() -> N
     held.enter("handover")
     held.cycle = ["train"]  # as of SFT, after evals
     assert held.enter("train")[0] == [Place("weights", 0, NOWHERE)]
-    assert held.to_reserve() == [] and held.resident() == 400  # the reference too
+    assert held.resident() == 400  # the reference too
     assert [place.component for place in held.enter("generate")[1]] == ["weights", "KV cache"]  # an eval
 
 
@@ -148,16 +148,18 @@ def test_a_duration_off_by_more_than_a_quarter_has_the_schedule_solved_again(
 
 
 def test_the_predicted_work_grows_with_what_causes_it() -> None:
-    model = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 128}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "moe_intermediate_size": 32}
+    model = model_of(DeepseekV2Config(vocab_size=300, n_routed_experts=4, num_experts_per_tok=2, **sizes))
     grpo = GRPOConfig(prompts={"path": "x"}, rewards=[{"function": "m:f"}], steps=1)
     sft = SFTConfig(data={"path": "x"}, steps=1)
 
-    def train(stage=sft, **changes) -> int:
-        return predicted_work(stage, TrainConfig(**changes), RolloutConfig(), model)["train"]
+    def train(stage=sft, on_cpu: bool = False, **changes) -> int:
+        return predicted_work(stage, TrainConfig(**changes), RolloutConfig(), model, on_cpu)["train"]
 
     assert train(tokens_per_rank=4096) == 2 * train(tokens_per_rank=2048)
     assert train(activation_checkpointing=True) < train()
     assert train(grpo, tokens_per_rank=10**9) == train(grpo, tokens_per_rank=32 * 8 * 1024)  # all of a step's tokens
+    assert train(shard=4, on_cpu=True) >= 4 * train(shard=4) > 4 * train()  # a device has one rank, a CPU all of them
 
 
 def test_used_memory_counts_what_this_process_takes() -> None:
@@ -202,6 +204,44 @@ def test_memory_with_devices_of_their_own_is_refused(tmp_path: Path) -> None:
     path.write_text(RECIPE.replace("MEMORY", "{device: 70GiB}"))
     with pytest.raises(RecipeError, match=r"memory: is for ranks that take turns on a device.*`split`"):
         load_recipe(path, ["rollout.placement=split"])
+
+
+@pytest.mark.parametrize("disk", [10.0, 1e6])
+def test_what_only_its_own_files_bring_back_is_never_copied(disk: float) -> None:
+    """A reward model: however fast the disk is, nobody could carry that out."""
+    held = Residency([Tier("host", 390), Tier("disk", 10**6, disk, disk)], print)
+    held.cycle = ["generate", "score", "train"]
+    held.add("KV cache", 200, here=False)
+    held.add("parameters", 150, 3)
+    held.add("reward model x", 200, here=False, phases=("score",), remade=0.5)
+    held.add("work in score", 0, here=False, moves=False, phases=("score",), remade=0.0)
+    for _ in range(2):
+        found = [place for phase in held.cycle for places in held.enter(phase) for place in places]
+        assert {p.tiers for p in found if p.component == "reward model x"} == {HERE, NOWHERE}
+    held.measured("score", 1.0, held.predicted["score"] + 20)
+    held.only((), "checkpoint")
+    assert held.enter("score") and held._held["reward model x"].tiers == [HERE]
+
+
+def test_measured_work_is_not_added_to_itself_while_the_schedule_stays() -> None:
+    held = residency(100_000)
+    step(held)
+    for _ in range(5):
+        held.measured("train", 1.0, held.predicted["train"] + 100)  # 2% of the tier are let pass
+    predicted = held.predicted["train"]
+    assert held._held["work in train"].component.bytes == int(1.03 * (predicted + 100)) - predicted + 10
+    assert {tier for tiers in held._held["work in train"].tiers for tier in tiers} <= {"host"}
+
+
+def test_what_makes_room_goes_to_the_highest_tier_that_has_it() -> None:
+    held = Residency([Tier("device", 300), Tier("host", 150), Tier("disk", 10**6)], print)
+    held.add("parameters", 100, 2)
+    held.add("optimizer", 200, 4, streamed=True)
+    out, into = held.only(("parameters",), "checkpoint", visiting="optimizer")
+    assert [sorted(place.tiers)[0] for place in out] == ["host", "host", "host", "disk"] and not into
+    held.tiers[0] = Tier("device", 149)
+    with pytest.raises(ResidencyError, match=r"^checkpoint: .* of device are missing"):
+        held.only(("parameters",), "checkpoint", visiting="optimizer")
 
 
 def test_amounts_of_memory() -> None:

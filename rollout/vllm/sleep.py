@@ -36,11 +36,16 @@ class Sleep:
         return sizes
 
     def hold(self, wanted: Iterable[str]) -> bool:
-        """Have memory for these alone. Whether any was given up that was held before."""
+        """Have memory for these alone. Whether any was given up that was held before. On CUDA the cache has none where
+        the weights have not: vLLM wakes it after them, and takes whoever sleeps in part for asleep."""
         wanted = set(wanted)
+        if self._cuda and "weights" not in wanted:
+            wanted = set()
         if lost := self._held - wanted:
-            if self._cuda:  # level 2: of all that sleeps nothing is kept
-                self._llm.sleep(level=2)
+            if self._cuda:
+                if asleep := set(TAGS) - self._held:
+                    self._llm.wake_up(tags=[TAGS[name] for name in asleep])
+                self._llm.sleep(level=2)  # of all that sleeps nothing is kept
                 self._held = set()
             else:
                 for name in lost:
