@@ -40,7 +40,8 @@ class RankPolicy:
     clip_grad_norm: clips all gradients of the policy to a norm and returns the norm before.
     last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
     after_forward: called after a forward pass without a backward pass.
-    outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C]."""
+    outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C].
+    step: has the optimiser step."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -50,6 +51,7 @@ class RankPolicy:
     after_forward: Callable[[], None]
     routing: Routing
     outputs: Callable[[PreTrainedModel, MicroBatch, float], tuple[torch.Tensor, torch.Tensor]] = token_logprobs
+    step: Callable[[torch.optim.Optimizer], None] = lambda optimizer: optimizer.step()
 
     def update(
         self, rows: Sequence[TrainRow], loss: Loss, *, learning_rate: float, temperature: float, max_grad_norm: float
@@ -83,7 +85,7 @@ class RankPolicy:
         stats.grad_norm = self.clip_grad_norm(max_grad_norm)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
-        self.optimizer.step()
+        self.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         return stats
 

@@ -6,15 +6,19 @@ another name (`unfinished`). Saving and loading are collectives over all ranks o
 
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,6 +29,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment.metrics import atomic_directory, unfinished
 from alignment.model import as_classifier, save_model_dir
+
+
+class Pieces(NamedTuple):
+    """Optimiser states that may lie outside memory. names: the parameters of each piece. visit: has a piece in memory
+    (to be changed there) until the next call; None: of none. All ranks alike."""
+
+    names: Sequence[Sequence[str]]
+    visit: Callable[[int | None, bool], None]
 
 
 def step_dir(checkpoints: Path, step: int) -> Path:
@@ -38,21 +50,26 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
     group: dist.ProcessGroup | None = None,
+    pieces: Pieces | None = None,
 ) -> Future[None]:
     """Write weights, optimiser state, every rank's random states and rank 0's `extra` to `path`, atomically.
 
     Training may go on at once: a copy is written, in the background, and rank 0's future is done when `path` is there;
     older checkpoints beside it are then deleted. extra: plain values, containers and tensors. The checkpoint may be
     loaded by another number of ranks. group: gloo, of all ranks, for this alone (default: all ranks' own group, in
-    which nothing else may happen meanwhile).
+    which nothing else may happen meanwhile). With `pieces` all is written before this returns, and no copy made.
     """
     rank, stack = dist.get_rank(), ExitStack()
     folder = stack.enter_context(atomic_directory(path)) if rank == 0 else unfinished(path)
     dist.barrier()  # the folder is there
     weights, states = get_state_dict(model, optimizer)
-    written = dcp.async_save(
-        {"model": weights, "optimizer": states}, checkpoint_id=folder / "shards", process_group=group
-    )
+    state, shards = {"model": weights, "optimizer": states}, folder / "shards"
+    if pieces is None:
+        written = dcp.async_save(state, checkpoint_id=shards, process_group=group)
+    else:  # copied ahead, a piece would be away again before its copy is made
+        writer = dcp.FileSystemWriter(shards, per_thread_copy_ahead=0)
+        dcp.save(state, storage_writer=writer, planner=_PieceByPiece(pieces), process_group=group)
+        pieces.visit(None, False)
     torch.save(_random_states(), folder / f"random-{rank}.pt")
     if rank == 0:
         torch.save(extra, folder / "extra.pt")
@@ -60,7 +77,8 @@ def save_checkpoint(
 
     def finish() -> None:
         with stack:
-            written.result()  # rank 0's comes when every rank has written
+            if pieces is None:
+                written.result()  # rank 0's comes when every rank has written
         if rank == 0:
             prune(path.parent, keep=1)
 
@@ -70,16 +88,28 @@ def save_checkpoint(
     return finished
 
 
-def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, pieces: Pieces | None = None
+) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote, in place, and return its `extra`.
 
     Random states return where the number of ranks is the same as it was; otherwise they are left as they are.
     """
     optimizer.zero_grad(set_to_none=True)  # with gradients around, torch would not create the states to load into
+    if pieces is not None:
+        _make_states(model, optimizer, pieces)
     weights, states = get_state_dict(model, optimizer)
+    shards, moments = path / "shards", states["state"]
+    if pieces is not None:
+        states["state"] = {}  # all of them are in pieces
+        for number, names in enumerate(pieces.names):
+            pieces.visit(number, True)
+            dcp.load({"optimizer": {"state": {name: moments[name] for name in names}}}, checkpoint_id=shards)
+        pieces.visit(None, False)
     state = {"model": weights, "optimizer": states}
-    dcp.load(state, checkpoint_id=path / "shards")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    dcp.load(state, checkpoint_id=shards)
+    loaded = state["optimizer"] | {"state": moments}
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=loaded)
     if len(list(path.glob("random-*.pt"))) == dist.get_world_size():
         drawn = torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=True)
         random.setstate(drawn["python"])
@@ -88,6 +118,37 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.O
         if drawn["cuda"]:
             torch.cuda.set_rng_state_all(drawn["cuda"])
     return torch.load(path / "extra.pt", weights_only=True)
+
+
+class _PieceByPiece(dcp.DefaultSavePlanner):
+    """Writes one piece after the other."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        super().__init__()
+        self._visit = pieces.visit
+        self._numbers = {name: number for number, names in enumerate(pieces.names) for name in names}
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        items = sorted(new_plan.items, key=lambda item: -1 if (n := self._number(item.index)) is None else n)
+        return super().finish_plan(replace(new_plan, items=items))
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        self._visit(self._number(index), False)
+        return super().lookup_object(index)
+
+    def _number(self, index: MetadataIndex) -> int | None:
+        return self._numbers.get(index.fqn.removeprefix("optimizer.state.").rpartition(".")[0])
+
+
+def _make_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, pieces: Pieces) -> None:
+    """AdamW's states of parameters that have none, a piece at a time: torch would make all at once."""
+    parameters = dict(model.named_parameters())
+    for number, names in enumerate(pieces.names):
+        pieces.visit(number, True)
+        for parameter in (parameters[name] for name in names if parameters[name] not in optimizer.state):
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0)} | moments
+    pieces.visit(None, False)
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:

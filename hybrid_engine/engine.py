@@ -10,7 +10,7 @@ Training and rollout take turns on the same device, so each may use all of it.
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,9 +26,11 @@ from alignment.batch import split_over_ranks
 from alignment.config import StageConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
-from hybrid_engine.hand_over import CANARY_LIMIT, connect, hand_over
+from hybrid_engine.hand_over import CANARY_LIMIT, canary_prompts, connect, hand_over
 from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
 from hybrid_engine.layout import misfits, rollout_ranks
+from hybrid_engine.memory import Memory
+from hybrid_engine.phases import Budget
 from hybrid_engine.placement import devices, launch, reserve, start_ray
 from hybrid_engine.reward_worker import ModelReward, RewardWorker
 from hybrid_engine.rollout_worker import Finished, RolloutWorker
@@ -46,8 +48,9 @@ class HybridEngine:
     """Implements `alignment.protocols.Engine` and `Policy`. Start it once a run; `load` begins each stage."""
 
     def __init__(
-        self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, *, seed: int, ray_address: str | None = None
-    ) -> None:
+        self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, *, seed: int,
+        ray_address: str | None = None, budget: Budget | None = None,
+    ) -> None:  # fmt: skip
         self._train_config, self._rollout_config = train, rollout
         self._metrics: dict[str, float] = {}
         self._version = 0
@@ -58,9 +61,11 @@ class HybridEngine:
         self._group: PlacementGroup | None = None
         self._judges: list[ModelReward] = []
         self._turn = threading.Lock()
+        self._memory = Memory(budget)
         self._device = installed().device
-        model = AutoConfig.from_pretrained(model_dir).get_text_config().to_dict()
-        for section, key, problem in misfits(train, rollout, model):
+        self._lends = self._device == "cuda" or self._memory.on  # memory to reward models, while it is their turn
+        self._model = AutoConfig.from_pretrained(model_dir).get_text_config()
+        for section, key, problem in misfits(train, rollout, self._model.to_dict()):
             raise ValueError(f"{section}.{key}: {problem}")
         self._started_ray = start_ray(ray_address)
         try:
@@ -70,12 +75,12 @@ class HybridEngine:
             raise
 
     def _start(self, model_dir: Path, train: TrainConfig, rollout: RolloutConfig, seed: int) -> None:
-        self._places, device = rollout_ranks(rollout), self._device
+        self._places, device, env = rollout_ranks(rollout), self._device, self._memory.env
         training, sampling = devices(train, rollout)
         group = self._group = reserve(len({*training, *sampling})) if device == "cuda" else None
         share = 1.0 if rollout.placement == "split" else 0.5
         self._ranks = {
-            f"training rank {rank}": launch(TrainWorker, (rank, train, device), train.world, {}, group, at, share)
+            f"training rank {rank}": launch(TrainWorker, (rank, train, device), train.world, env, group, at, share)
             for rank, at in enumerate(training)
         }
         for place, at in zip(self._places, sampling, strict=True):
@@ -86,13 +91,16 @@ class HybridEngine:
         meet, *meets = wait_all({name: (self._ranks | self._replicas)[name].address.remote() for name in leaders})
         joining = {name: rank.join.remote(meet) for name, rank in self._ranks.items()}
         starting = {
-            place.name: replica.start.remote(meets[place.engine], model_dir, seed, train.routing_replay)
+            place.name: replica.start.remote(
+                meets[place.engine], model_dir, seed, train.routing_replay, self._memory.on
+            )
             for place, replica in zip(self._places, self._replicas.values(), strict=True)
         }
         length = wait_all(joining | starting)[-1]
         connect(self._ranks, self._replicas, self._places, device, rollout.placement == "split")
+        self._memory.start(device, self._ranks, self._replicas)
         self._sampler = ReplicaSampler(self._replicas, self._places, self._ranks, length)
-        self._canary = _canary_prompts(model_dir, length, 2 if self.precision == "float32" else 9)
+        self._canary = canary_prompts(self._model.vocab_size, length, 2 if self.precision == "float32" else 9)
 
     # -- a stage -----------------------------------------------------------------------------------------------
 
@@ -100,14 +108,17 @@ class HybridEngine:
         """Begin a stage from the weights in `model_dir`, with a new optimiser."""
         rollout = self._rollout_config
         self._judges.clear()
+        self._memory.before_load()
         self._buckets = self._call_ranks(
             lambda rank: rank.load.remote(model_dir, tokenizer_dir, stage, rollout, reference_dir)
         )[0]
+        self._memory.loaded(stage, self._train_config, rollout, self._model)
         self._version += 1
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Begin to write what a resumed stage needs, `extra` included, atomically; training may go on meanwhile. Of
         the checkpoints beside it the newest stays."""
+        self._move(lambda memory: memory.checkpoint())
         with self._timed("checkpoint"):
             self._call_ranks(lambda rank: rank.save_checkpoint.remote(path, extra))
 
@@ -119,12 +130,14 @@ class HybridEngine:
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of the loaded stage; its `extra`."""
         self.finish_checkpoint()
+        self._move(lambda memory: memory.checkpoint(changed=True))
         extra = self._call_ranks(lambda rank: rank.load_checkpoint.remote(path))[0]
         self._version += 1
         return extra
 
     def save_final(self, path: Path) -> None:
         """Write the policy as a Transformers directory."""
+        self._move(lambda memory: memory.only(("parameters",), "checkpoint"))
         self._call_ranks(lambda rank: rank.save_final.remote(path))
 
     # -- what a step asks for ----------------------------------------------------------------------------------
@@ -139,22 +152,35 @@ class HybridEngine:
         """The live engines with the newest weights."""
         if self._handed_over != self._version:
             self._hand_over()
+        self._enter("generate")
         return self._sampler
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[Self]:
-        """Time a phase. Reward models score while it is their turn, on CUDA on the devices; all else stays resident."""
+        """Bring what a phase needs, and time it. Without a budget all stays but, on CUDA, reward models."""
+        self._enter(name)
         with self._timed(name):
             for judge in self._judges if name == "score" else ():
                 judge.allow()
             yield self
             for judge in self._judges if name == "score" else ():
-                judge.release()
+                judge.hold() if self._memory.on else judge.release()
+        self._memory.left(name)
+
+    def _enter(self, phase: str) -> None:
+        self._move(lambda memory: memory.enter(phase))
+
+    def _move(self, moves: Callable[[Memory], bool]) -> None:
+        if self._memory.on:
+            with self._timed("offload"):
+                if moves(self._memory):  # an engine has lost what it needs to sample
+                    self._handed_over = -1
 
     def reward_model(self, config: RewardConfig, path: str) -> ModelReward:
         """Start an actor with the classifier in `path`; whoever scores with it closes it."""
-        arguments = path, self._device, self._train_config.tokens_per_rank
+        arguments = path, self._lends, self._train_config.tokens_per_rank
         judge = ModelReward(config, launch(RewardWorker, arguments, 1, {}, self._group, 0, 0.0), self._turn)
+        self._memory.judge(config.label, judge)
         self._judges.append(judge)
         return judge
 
@@ -235,12 +261,13 @@ class HybridEngine:
         return np.concatenate([found[handle.ref][handle.index] for handle in handles])
 
     def take_metrics(self) -> dict[str, float]:
-        """`time/*` seconds and `handover/*` since the last call."""
+        """`time/*` seconds, `handover/*` and `memory/*` since the last call."""
         taken, self._metrics = self._metrics, {}
-        return taken
+        return taken | self._memory.take_metrics()
 
     def close(self) -> None:
         """Kill every actor, and Ray where this process started it. Safe to call twice."""
+        self._memory.close()
         if ray.is_initialized():
             for worker in (*self._ranks.values(), *self._replicas.values()):
                 ray.kill(worker)
@@ -253,7 +280,8 @@ class HybridEngine:
 
     def _hand_over(self) -> None:
         """Bring the newest weights into every engine, verified."""
-        what = self._version, self._buckets, self._canary, self.precision
+        self._enter("handover")
+        what = self._version, self._buckets, self._canary, self.precision, lambda: self._enter("generate")
         for name, value in hand_over(self._ranks, self._replicas, *what).items():
             before = self._metrics.get(name, 0.0)
             self._metrics[name] = before + value if name.startswith("time/") else max(before, value)
@@ -268,9 +296,3 @@ class HybridEngine:
         yield
         key = f"time/{name}"
         self._metrics[key] = self._metrics.get(key, 0.0) + time.perf_counter() - start
-
-
-def _canary_prompts(model_dir: Path, max_length: int, count: int = 2) -> list[np.ndarray]:
-    """Fixed random prompts [T] int32, longer than a block of the prefix cache: stale prefixes then show, too."""
-    vocabulary = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
-    return list(np.random.default_rng(0).integers(0, vocabulary, (count, min(40, max_length - 1))).astype(np.int32))

@@ -1,7 +1,7 @@
 """One hand-over: every training rank's pieces into every rollout rank, bucket by bucket, verified at the end."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,15 @@ def connect(training: Actors, rollout: Actors, places: Sequence[RolloutRank], de
 
 
 def hand_over(
-    training: Actors, rollout: Actors, version: int, buckets: int, canary: Sequence[np.ndarray], precision: str
-) -> dict[str, float]:
+    training: Actors, rollout: Actors, version: int, buckets: int, canary: Sequence[np.ndarray], precision: str,
+    loaded: Callable[[], None],
+) -> dict[str, float]:  # fmt: skip
     """Send the weights as they are now; `handover/bytes`, `handover/canary` (the largest difference found), and the
     seconds `time/handover` and `time/canary` (what the comparison takes beyond them).
 
     While a bucket is loaded the next one is packed, and is published after it: the sender holds two at most.
-    canary: prompts [T] whose next tokens trainer and engines compare, at the limit of `precision`.
+    canary: prompts [T] whose next tokens trainer and engines compare, at the limit of `precision`. loaded: called when
+    the weights are in and the trainer has been asked about the canary; then the engines are.
     Raises WorkerError with the check that failed, CanaryError where an engine computes something else.
     """
     nbytes, begun = 0, time.perf_counter()
@@ -57,8 +59,10 @@ def hand_over(
             rank.pack.remote(version, bucket + 1)
         del publishing, sent  # the references: what was loaded is freed
         wait_all(receiving, training)
-    loaded, largest = time.perf_counter(), 0.0
+    arrived, largest = time.perf_counter(), 0.0
     expected = {name: rank.canary.remote(canary) for name, rank in training.items()}
+    loaded()
+    checked = time.perf_counter()
     computed = {name: rank.canary.remote(canary) for name, rank in rollout.items()}
     trainer_V = wait_all(expected, rollout)[0]
     for name, answer in zip(rollout, wait_all(computed, training), strict=True):
@@ -69,5 +73,10 @@ def hand_over(
                 f"canary: after hand-over {version} {name} differs from the trainer by {error:.3g} nats "
                 f"(limit {CANARY_LIMIT[precision]:g}): it does not hold, or does not use, the weights that were sent"
             )
-    seconds = {"time/handover": loaded - begun, "time/canary": time.perf_counter() - loaded}
+    seconds = {"time/handover": arrived - begun, "time/canary": time.perf_counter() - checked}
     return {"handover/bytes": float(nbytes), "handover/canary": largest} | seconds
+
+
+def canary_prompts(vocabulary: int, max_length: int, count: int) -> list[np.ndarray]:
+    """Fixed random prompts [T] int32, longer than a block of the prefix cache: stale prefixes then show, too."""
+    return list(np.random.default_rng(0).integers(0, vocabulary, (count, min(40, max_length - 1))).astype(np.int32))

@@ -29,7 +29,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 State = frozenset[int]
 When = Literal["out", "in", "during"]
 WINDOWS: tuple[When, ...] = ("out", "in", "during")
-BUSY, HOLD, GAP, NODES = 1e-3, 1e-11, 1e-3, 5000
+BUSY, HOLD, GAP, NODES = 1e-3, 1e-9, 1e-3, 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Component:
     """Something that takes memory. bytes: of the whole, on one device. needed_in: phases that work on it. changed_in:
     those of them that change its contents. remake: phase -> seconds to make the whole anew before it (0 where the phase
     writes it from scratch, as a KV cache). pieces: equal parts that may lie in different tiers. streamed_in: phases of
-    needed_in that work on one piece after another: two at once on the device are enough."""
+    needed_in that work on one piece after another: two at once on the device are enough. copied: whether a lower tier
+    can have it."""
 
     name: str
     bytes: int
@@ -46,6 +47,7 @@ class Component:
     remake: Mapping[str, float] = field(default_factory=dict)
     pieces: int = 1
     streamed_in: frozenset[str] = frozenset()
+    copied: bool = True
 
     @property
     def piece(self) -> int:
@@ -126,6 +128,8 @@ class _Arc(NamedTuple):
 def _ways(part: Component, phase: str, when: When, old: State, new: State) -> Iterator[tuple[int | None, int | None]]:
     """Every (source, target) by which a piece goes from one state to the other; (None, None): nothing is copied."""
     added, needed, changed = new - old, phase in part.needed_in, phase in part.changed_in
+    if not part.copied and (old | new) - {0}:
+        return
     if when == "during" and needed and 0 not in old:
         if old and part.pieces > 1 and phase in part.streamed_in and new == ({min(old)} if changed else old):
             yield min(old), 0

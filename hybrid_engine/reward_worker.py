@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.reward_model import judged_text
 from hybrid_engine.health import describe
@@ -18,24 +18,26 @@ from rewards.pool import RewardError
 from rewards.worker import Batch, Reply
 from rollout.prompts import encode_strings, encode_text
 from rollout.types import Text
+from rollout.vllm.sleep import trim
 
 TEXTS = ("prompts", "completions")
 
 
 class RewardWorker(Worker):
-    """Scores texts. On CUDA the model is loaded for a scoring phase, over as many devices as it needs, then freed."""
+    """Scores texts. On CUDA the model lies over as many devices as it needs."""
 
-    def __init__(self, path: str, device: str, tokens: int) -> None:
-        """tokens: most in one forward pass, padding included."""
-        self._path, self._tokens, self._cuda, self._model = path, tokens, device == "cuda", None
+    def __init__(self, path: str, lent: bool, tokens: int) -> None:
+        """lent: memory is, for a scoring phase: the model is loaded in it, and freed by `release`. tokens: most in one
+        forward pass, padding included."""
+        self._path, self._tokens, self._lent, self._model = path, tokens, lent, None
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        if not self._cuda:
+        if not lent:
             self._load()
 
     def _load(self) -> None:
-        place = "auto" if self._cuda else None
+        place = "auto" if torch.cuda.is_available() else None
         load = AutoModelForSequenceClassification.from_pretrained
         self._model = load(self._path, dtype="auto", device_map=place, pad_token_id=self._tokenizer.pad_token_id).eval()
 
@@ -59,10 +61,17 @@ class RewardWorker(Worker):
         return scores
 
     def release(self) -> None:
-        """Leave the devices until the next `score`."""
-        if self._cuda:
+        """Free the model's memory until the next `score`."""
+        if self._lent:
             self._model = None
-            torch.cuda.empty_cache()
+            trim(torch.cuda.is_available())
+
+    def nbytes(self) -> int:
+        """Bytes of the model, without loading it."""
+        config = AutoConfig.from_pretrained(self._path)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=config.dtype)
+        return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -84,6 +93,7 @@ class ModelReward:
         self.config, self.worker, self._turn = config, worker, turn
         self.thread = ThreadPoolExecutor(1)
         self._allowed = threading.Event()
+        self._closed = False
 
     def allow(self) -> None:
         """The devices have room for the model."""
@@ -91,8 +101,17 @@ class ModelReward:
 
     def release(self) -> None:
         """They need it for something else."""
+        self.hold()
+        if not self._closed:
+            self._get(self.worker.release.remote())
+
+    def hold(self) -> None:
+        """It is no longer the model's turn."""
         self._allowed.clear()
-        self._get(self.worker.release.remote())
+
+    def nbytes(self) -> int:
+        """Bytes of the model."""
+        return self._get(self.worker.nbytes.remote())
 
     def ready(self) -> None:
         """Wait until the tokenizer, and on the CPU the model, is loaded."""
@@ -110,6 +129,7 @@ class ModelReward:
 
     def close(self) -> None:
         """End the actor."""
+        self._closed = True
         ray.kill(self.worker)
         self._allowed.set()
         self.thread.shutdown()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from hybrid_engine.offload import Place
 from hybrid_engine.placement import Worker
 from hybrid_engine.transport import Meeting, Sent, join, received
 from rollout.config import RolloutConfig
@@ -53,14 +54,25 @@ class RolloutWorker(Worker):
         # (ReferenceCountingAssertionError after some sixty steps, Ray 2.60): their owner keeps those of two batches.
         self._published: deque[list[ray.ObjectRef]] = deque(maxlen=2)
 
-    def start(self, address: tuple[str, int], model_dir: Path, seed: int, routes: bool) -> int:
+    def start(self, address: tuple[str, int], model_dir: Path, seed: int, routes: bool, sleeps: bool) -> int:
         """Start the engine, together with its other ranks, which meet at `address`; its `max_length`."""
         os.environ |= {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
         # The import takes seconds and reads environment variables that the actor starts with.
         from rollout.vllm.engine import VllmEngine
 
-        self._engine = VllmEngine(model_dir, self._config, seed=seed, dummy=True, routes=routes)
+        self._engine = VllmEngine(model_dir, self._config, seed=seed, dummy=True, routes=routes, sleeps=sleeps)
         return self._engine.max_length
+
+    def give_up(self) -> dict[str, int]:
+        """As `VllmEngine.give_up`."""
+        self._held: set[str] = set()
+        return self._engine.give_up()
+
+    def place(self, places: Sequence[Place]) -> None:
+        """Give memory up, or take it again."""
+        dropped = {place.component for place in places if not place.tiers}
+        self._held = (self._held | {place.component for place in places}) - dropped
+        self._engine.hold(self._held)
 
     def connect(self, number: int, device: str, meeting: Meeting | None) -> None:
         """Learn how weights come. number: this rank's among those of all engines."""

@@ -1,8 +1,9 @@
 """One training rank: an actor that holds its share of the policy, of the optimiser and of the reference."""
 
 import os
+import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -20,14 +21,17 @@ from alignment.logprobs import token_logprobs, token_scores
 from alignment.policy import RankPolicy, UpdateStats
 from alignment.protocols import Loss, TrainRow
 from alignment.routing import Routing
-from hybrid_engine.checkpoint import load_checkpoint, save_checkpoint, save_final
+from hybrid_engine.checkpoint import Pieces, load_checkpoint, save_checkpoint, save_final
+from hybrid_engine.disk import BLOCK
 from hybrid_engine.loading import load_model
+from hybrid_engine.offload import Offloader, Place, local, spread
 from hybrid_engine.placement import Worker
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
 from hybrid_engine.transport import Meeting, Sender, Sent, Way, join
 from hybrid_engine.weight_sync import Receiver, WeightPacker
 from rollout.config import RolloutConfig
 from rollout.types import Handle
+from rollout.vllm.sleep import trim
 from rollout.weights import Parcel
 
 
@@ -42,6 +46,8 @@ class TrainWorker(Worker):
         self._packer: WeightPacker | None = None
         self._saving: Future[None] | None = None
         self._packed: tuple[tuple[int, int], dict[Receiver, Parcel]] | None = None
+        self._offloader: Offloader | None = None
+        self._streamed: list[Place] = []
 
     def join(self, address: tuple[str, int]) -> None:
         """Form the process group."""
@@ -71,6 +77,9 @@ class TrainWorker(Worker):
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
         Returns the number of buckets of a hand-over, none of a reward model."""
         self._packer = self._packed = self._reference = self._policy = None
+        self._shares: list[list[str]] = []
+        if self._offloader is not None:
+            self._offloader.clear()
         self._policy = self._build(model_dir, stage, self._config)
         if reference_dir is not None:
             self._reference = self._build(reference_dir, stage, TrainConfig())
@@ -100,7 +109,99 @@ class TrainWorker(Worker):
             after_forward=partial(reshard, model),
             routing=Routing(model, routing, config.capacity),
             outputs=token_scores if judges else token_logprobs,
+            step=self._step,
         )
+
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    def offload(self, folder: Path | None) -> tuple[int, dict[str, tuple[float, float]]]:
+        """Get ready to move tensors, to `folder` too: its free bytes, and as `Offloader.speeds`."""
+        self._offloader = Offloader(self._device, folder)
+        speeds = self._offloader.speeds()
+        return 0 if folder is None else shutil.disk_usage(folder).free, speeds
+
+    def components(self) -> dict[str, tuple[int, int]]:
+        """What this rank holds: name -> bytes, pieces. Optimiser states are still to come."""
+        states, parameters = self._loaded.optimizer.state, dict(self._loaded.model.named_parameters())
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+
+        def moments(parameter: torch.Tensor) -> list[torch.Tensor]:
+            return [value for value in states.get(parameter, {}).values() if value.ndim]
+
+        found = {"parameters": self._component("parameters", parameters, lambda p: [p])}
+        found["gradients"] = sum(_nbytes(p) for p in trained.values()), 1
+        found["optimizer"] = self._component("optimizer", trained, moments, copies=2)
+        if self._reference is not None:
+            reference = dict(self._reference.model.named_parameters())
+            found["reference"] = self._component("reference", reference, lambda p: [p])
+        trim()
+        return found
+
+    def _component(
+        self, name: str, parameters: dict[str, Any], held: Callable[[Any], list[torch.Tensor]], copies: int = 1
+    ) -> tuple[int, int]:
+        pieces = spread({key: parameter.numel() for key, parameter in parameters.items()})  # on all ranks alike
+        sizes = {key: copies * _nbytes(parameter) for key, parameter in parameters.items()}
+        # FSDP pads a shard by less than a row when it is first used; and each tensor has whole blocks.
+        rows = {
+            k: copies * (8 * p.numel() // max(1, min(p.shape[:2], default=1)) + BLOCK) for k, p in parameters.items()
+        }
+        most = max(sum(sizes[key] + rows[key] for key in piece) for piece in pieces)
+        tensors = [lambda own=piece: [t for key in own for t in held(parameters[key])] for piece in pieces]
+        self._offloader.add(name, tensors, most)
+        if name == "optimizer":
+            self._shares = pieces
+        return sum(sizes.values()), len(pieces)
+
+    def place(self, places: Sequence[Place], during: bool) -> None:
+        """Move now; or begin to, `during` the work to come, and let updates stream what is to be streamed."""
+        back = [place._replace(streamed=False) for place in self._streamed]
+        self._streamed = [place for place in places if place.streamed]
+        ahead = [Place(place.component, place.piece, self._offloader.top_alone) for place in self._streamed[:1]]
+        self._offloader.place([*back, *(place for place in places if not place.streamed), *ahead], wait=not during)
+        if not during:
+            trim(self._device.type == "cuda")  # what this rank's allocator keeps is wanted by the engine's
+
+    @property
+    def _pieces(self) -> Pieces | None:
+        """The optimiser's states as a checkpoint takes them where they may lie elsewhere."""
+        if self._offloader is None:
+            return None
+        return Pieces(self._shares, lambda number, changed: self._offloader.visit("optimizer", number, changed=changed))
+
+    def device_memory(self) -> tuple[int, int]:
+        """Bytes of this rank's device that were in use at most, by this rank since the last call, and all."""
+        free, whole = torch.cuda.mem_get_info(self._device)
+        more = torch.cuda.max_memory_reserved(self._device) - torch.cuda.memory_reserved(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return whole - free + more, whole
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimiser; states that are streamed visit for theirs piece by piece."""
+        if not self._streamed:
+            optimizer.step()
+            return
+        numbers = {place.piece for place in self._streamed}
+        whole = [group["params"] for group in optimizer.param_groups]
+        parameters = dict(self._loaded.model.named_parameters())
+        shares = [[parameters[name] for name in share] for share in self._shares]
+        staying = [p for number, share in enumerate(shares) if number not in numbers for p in share]
+
+        def step(share: Sequence[torch.Tensor]) -> None:
+            chosen = set(map(id, share))
+            for group, parameters in zip(optimizer.param_groups, whole, strict=True):
+                group["params"] = [parameter for parameter in parameters if id(parameter) in chosen]
+            optimizer.step()
+            for parameter in share:
+                parameter.grad = None
+
+        try:
+            step(staying)
+            for number in self._offloader.stream(self._streamed):
+                step(shares[number])
+        finally:
+            for group, parameters in zip(optimizer.param_groups, whole, strict=True):
+                group["params"] = parameters
 
     @property
     def _loaded(self) -> RankPolicy:
@@ -154,7 +255,8 @@ class TrainWorker(Worker):
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Begin to write all that a resumed stage needs, once the one before is written; `extra` is the driver's."""
         self.finish_checkpoint()
-        self._saving = save_checkpoint(path, self._loaded.model, self._loaded.optimizer, extra, self._background)
+        what = self._loaded.model, self._loaded.optimizer, extra, self._background, self._pieces
+        self._saving = save_checkpoint(path, *what)
 
     def finish_checkpoint(self) -> None:
         """Wait until the last checkpoint is written."""
@@ -164,11 +266,16 @@ class TrainWorker(Worker):
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of this stage; the driver's `extra`."""
-        return load_checkpoint(path, self._loaded.model, self._loaded.optimizer)
+        return load_checkpoint(path, self._loaded.model, self._loaded.optimizer, self._pieces)
 
     def save_final(self, path: Path) -> None:
         """Write the weights as a Transformers directory."""
         save_final(path, self._loaded.model, self._tokenizer)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Bytes of this rank's part."""
+    return local(tensor.detach()).nbytes
 
 
 def resolve(rows: Sequence[TrainRow]) -> list[TrainRow]:

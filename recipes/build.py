@@ -19,10 +19,12 @@ from alignment.sample import sample
 from alignment.sft import make_sft_rows, sft
 from hybrid_engine.checkpoint import latest_checkpoint
 from hybrid_engine.engine import HybridEngine
+from hybrid_engine.phases import Budget
 from recipes.resume import RunFolder, StageFolder
 from recipes.schema import Recipe, Rows, Stage, stage_rows
 from rewards.normalize import RewardNormalizer
 from rewards.pool import RewardPool
+from rollout.config import memory_bytes
 from rollout.data import row_texts
 from rollout.prompts import Stream, check_lengths, is_held_out, make_prompts
 from rollout.sampler import Sampling
@@ -63,8 +65,18 @@ def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: 
         model = build_model(model_config(recipe.model, tokenizer, recipe.folder), recipe.seed)
         save_model_dir(model, tokenizer, start)
     console.print(f"starting {recipe.train.world} training rank(s) and {recipe.rollout.replicas} vLLM engine(s)")
-    engine = HybridEngine(start, recipe.train, recipe.rollout, seed=recipe.seed, ray_address=ray_address)
+    budget = _budget(recipe, console)
+    engine = HybridEngine(start, recipe.train, recipe.rollout, seed=recipe.seed, ray_address=ray_address, budget=budget)
     return Run(recipe, folder, console, tokenizer, start, rows, engine)
+
+
+def _budget(recipe: Recipe, console: Console) -> Budget | None:
+    """The recipe's `memory`; None where nothing is to be moved."""
+    memory = recipe.memory
+    if not recipe.offloads:
+        return None
+    device, host = (memory_bytes(memory[key]) if key in memory else None for key in ("device", "host"))
+    return Budget(device, host, recipe.folder / memory["disk"] if "disk" in memory else None, console.print)
 
 
 class Work(NamedTuple):

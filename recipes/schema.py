@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import alignment.config as configs
 from recipes.source import Key, RecipeError, Source, read_source, shorten
-from rollout.config import Config, DataConfig, RolloutConfig
+from rollout.config import Config, DataConfig, Memory, RolloutConfig
 from rollout.data import load_rows
 from rollout.functions import nearest
 
@@ -110,6 +110,8 @@ class Recipe(Config):
     """The training ranks."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """The inference engines."""
+    memory: Memory = Field(default_factory=dict)
+    """What the run may use, {device: 70GiB, host: 100GiB, disk: ./scratch, offload: auto}; {}: all is resident."""
     evals: configs.EvalConfig = Field(default_factory=configs.EvalConfig)
     """Benchmarks, measured before the first and after every policy stage."""
     trackers: tuple[configs.TrackerKind, ...] = ()
@@ -126,6 +128,11 @@ class Recipe(Config):
     def data_folder(self) -> Path | None:
         """`data_dir`, read from `base_dir`."""
         return None if self.data_dir is None else self.folder / self.data_dir
+
+    @property
+    def offloads(self) -> bool:
+        """Whether what a phase does not need is to be moved out of its way."""
+        return bool(self.memory) and self.memory.get("offload") not in ("off", False)
 
     def start_of(self, stage: Stage) -> Stage | None:
         """The stage whose final weights `stage` starts from; None: the model of the recipe."""
@@ -186,6 +193,8 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         earlier[stage.name] = stage
     if recipe.evals.max_new_tokens is not None and recipe.evals.max_new_tokens >= longest:
         yield ("evals", "max_new_tokens"), no_room
+    if recipe.offloads and recipe.rollout.placement == "split":
+        yield ("memory",), "is for ranks that take turns on a device, and `rollout.placement` is `split`: leave one out"
 
 
 def _references(stage: Stage) -> Iterator[tuple[Key, str, str]]:

@@ -1,9 +1,10 @@
-"""Configuration of data, sampling and rollout engines. No torch, Ray or vLLM here."""
+"""Configuration of data, sampling, memory and rollout engines. No torch, Ray or vLLM here."""
 
+import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -40,6 +41,26 @@ class DataConfig(Config):
     """New name -> column in the file, e.g. {prompt: question, completion: answer}."""
     limit: int | None = Field(None, gt=0)
     """Use only the first N rows."""
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of "70GiB". Raises ValueError."""
+    if (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])iB", text)) is None or not float(found[1]):
+        raise ValueError(f"{text!r} is no amount of memory: write it as 70GiB (or MiB, TiB)")
+    return int(float(found[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[found[2]])
+
+
+def _check_memory(memory: dict[str, Any]) -> dict[str, Any]:
+    for key in sorted(memory.keys() & {"device", "host"}):
+        memory_bytes(str(memory[key]))
+    if memory.get("offload", "auto") not in ("auto", "off", False):  # YAML reads a plain `off` as false
+        raise ValueError("`offload` is `auto` or `off`")
+    if not isinstance(memory.get("disk", ""), str):
+        raise ValueError("`disk` is a folder")
+    return memory
+
+
+Memory = Annotated[dict[Literal["device", "host", "disk", "offload"], Any], AfterValidator(_check_memory)]
 
 
 class RolloutConfig(Config):

@@ -21,10 +21,10 @@ from hybrid_engine.layout import misfits
 from hybrid_engine.placement import at_hand
 from hybrid_engine.prospect import prospect, ranked
 from recipes.cli import main
-from recipes.errors import RecipeError
 from recipes.resume import RunFolder
 from recipes.scale import configuration, model_of, settled
 from recipes.schema import AUTO, json_schema, load_recipe, resolved
+from recipes.source import RecipeError
 from rollout.config import RolloutConfig
 from rollout.vllm.environment import Installed
 

@@ -40,15 +40,18 @@ def scored(index: int, texts: list[str], **parts: list[float]) -> Group:
     return group(index, texts, Scores(sum(values.values()), values, {}))
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("classifier")
+def classifier_dir(folder: Path) -> Path:
     config = AutoConfig.from_pretrained(model_dir("qwen3_moe"))
     config.num_labels, config.max_position_embeddings = 1, 120
     torch.manual_seed(1)
     AutoModelForSequenceClassification.from_config(config).eval().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier_dir(tmp_path_factory.mktemp("classifier"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def cluster():
 
 
 def judge(folder: Path, **settings) -> ModelReward:
-    worker = launch(RewardWorker, (str(folder), "cpu", 64), 1, {}, None, 0, 0.0)
+    worker = launch(RewardWorker, (str(folder), False, 64), 1, {}, None, 0, 0.0)
     found = ModelReward(RewardConfig(path=str(folder), **settings), worker, threading.Lock())
     found.allow()
     return found

@@ -12,7 +12,7 @@ import torch
 from engine_host import CAPABLE, EngineHost, needs_capable_vllm, shared
 from transformers import PreTrainedModel
 
-from hybrid_engine.engine import _canary_prompts
+from hybrid_engine.hand_over import canary_prompts
 from hybrid_engine.rollout_worker import CANARY_TOP
 from rollout.sampler import Request, Sample
 from rollout.types import VersionSpan
@@ -45,7 +45,7 @@ def canary(engine, prompts, top):
 
 def canary_of(host: EngineHost, family: str, reference: PreTrainedModel) -> float:
     """The error that the hybrid engine would find, with its prompts, against Transformers' forward."""
-    prompts = _canary_prompts(tiny.model_dir(family), 96)
+    prompts = canary_prompts(tiny.VOCAB_SIZE, 96, 2)
     with torch.no_grad():
         logits = reference(torch.tensor(np.stack(prompts), dtype=torch.long)).logits[:, -1]
     return canary_error(host.call(canary, prompts, CANARY_TOP), logits.log_softmax(-1).numpy())

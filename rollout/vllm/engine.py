@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from rollout.sampler import Request, Sample, TokenScores
 from rollout.types import Trajectory, VersionSpan
 from rollout.vllm import faults, transfer
 from rollout.vllm.environment import environment, installed
+from rollout.vllm.sleep import Sleep
 from rollout.weights import Parcel
 
 ONE_GREEDY_TOKEN = {"max_tokens": 1, "temperature": 0.0, "flat_logprobs": True, "detokenize": False,
@@ -31,14 +32,16 @@ class VllmEngine:
     """One vLLM engine, or a rank of one. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
 
     seed: of requests without a seed of their own. routes: the experts of every token are needed, not only welcome.
+    sleeps: `give_up` and `hold` will be called.
     Where `config.world` is above 1, every rank makes the same calls at the same time: the ranks of a tensor-parallel
     group with the same requests, `config.data` such groups with requests of their own (or none).
     Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
     started with `environment(config)`."""
 
     def __init__(
-        self, model_dir: Path, config: RolloutConfig, *, seed: int = 0, dummy: bool = False, routes: bool = False
-    ) -> None:
+        self, model_dir: Path, config: RolloutConfig, *, seed: int = 0, dummy: bool = False, routes: bool = False,
+        sleeps: bool = False,
+    ) -> None:  # fmt: skip
         needed = environment(config, int(os.environ.get("RANK", "0")))
         if unset := {name for name, value in needed.items() if os.environ.get(name) != value}:
             raise RuntimeError(f"start this process with rollout.vllm.environment.environment(config): {sorted(unset)}")
@@ -54,7 +57,7 @@ class VllmEngine:
             faults.mend_parallel()
         told = self._tells_routes(text_config, config.eager, routes)
         if installed().device == "cuda":
-            options["enable_return_routed_experts"] = told and routes
+            options |= {"enable_return_routed_experts": told and routes, "enable_sleep_mode": sleeps}
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
@@ -87,6 +90,7 @@ class VllmEngine:
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         # Of the weights inside: 0 for those of the model's directory, None when there are none to trust.
         self._version = None if dummy else 0
+        self._sleep = Sleep(self._llm, installed().device)
 
     def _tells_routes(self, text_config: PreTrainedConfig, eager: bool, needed: bool) -> bool:
         """Whether this vLLM can say which experts it chose. Raises ValueError where it cannot and they are needed."""
@@ -100,6 +104,17 @@ class VllmEngine:
         if needed and cannot:
             raise ValueError(f"train.routing_replay needs the experts that vLLM chose: {cannot}")
         return not cannot
+
+    def give_up(self) -> dict[str, int]:
+        """Give the memory of weights and KV cache up; bytes of "weights" and "KV cache"."""
+        self._version = None
+        return self._sleep.give_up()
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Have memory for these of "weights" and "KV cache", and for no other. Where any was given up, the next
+        generation needs a hand-over first, and all of the memory when it runs."""
+        if self._sleep.hold(names):
+            self._version = None
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Sample]]:
         """Yield the samples that finished at each engine step; closing the iterator aborts the others. A completion is

@@ -14,8 +14,7 @@ from engine_host import EngineHost
 from test_engine import begin, config, run_steps, start
 from test_vllm_handover import canary, generate
 
-from hybrid_engine.engine import _canary_prompts
-from hybrid_engine.hand_over import CANARY_LIMIT
+from hybrid_engine.hand_over import CANARY_LIMIT, canary_prompts
 from hybrid_engine.rollout_worker import CANARY_TOP
 from hybrid_engine.transport import Sender, Sent, received
 from hybrid_engine.weight_sync import WeightPacker
@@ -68,7 +67,7 @@ def hand_over(sender: Sender, packer: WeightPacker, version: int, host: EngineHo
 def test_three_hand_overs_by_ipc_agree_with_the_trainer_and_take_two_buckets(engine: tuple[str, EngineHost]) -> None:
     family, host = engine
     precision = DTYPES[family]
-    prompts = _canary_prompts(tiny.model_dir(family), 96, 9)
+    prompts = canary_prompts(tiny.VOCAB_SIZE, 96, 9)
     for version in (1, 2, 3):
         model, packer, sender = training_rank(family, seed=version)
         assert packer.buckets > 1
