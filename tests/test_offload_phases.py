@@ -12,7 +12,7 @@ from hybrid_engine.footprint import model_of
 from hybrid_engine.memory import predicted_work, used_by_processes
 from hybrid_engine.offload import Place
 from hybrid_engine.phases import Residency
-from hybrid_engine.residency import ResidencyError, Tier
+from hybrid_engine.residency import Component, Phase, ResidencyError, Tier, best_schedule
 from recipes.schema import load_recipe
 from recipes.source import RecipeError
 from rollout.config import RolloutConfig, memory_bytes
@@ -204,6 +204,17 @@ def test_memory_with_devices_of_their_own_is_refused(tmp_path: Path) -> None:
     path.write_text(RECIPE.replace("MEMORY", "{device: 70GiB}"))
     with pytest.raises(RecipeError, match=r"memory: is for ranks that take turns on a device.*`split`"):
         load_recipe(path, ["rollout.placement=split"])
+
+
+def test_what_cannot_be_copied_is_made_again_or_stays() -> None:
+    parts = [
+        Component("x", 60, frozenset({"a"}), remake={"a": 9.0}, copied=False),
+        Component("y", 60, frozenset({"b"}), remake={"b": 0.0}, copied=False),
+    ]
+    tiers = [Tier("device", 100), Tier("host", 1000, 1e9, 1e9)]
+    found = best_schedule(parts, [Phase("a", 1.0), Phase("b", 1.0)], tiers)
+    assert found.lost["a"] == pytest.approx(9.0)
+    assert not any("host" in move.before + move.after for move in found.moves)
 
 
 @pytest.mark.parametrize("disk", [10.0, 1e6])

@@ -263,17 +263,6 @@ def test_what_is_cheaper_to_make_than_to_move_is_dropped(remake: float, seconds:
     assert lost(30, A, replace(B, remake={"p1": remake})) == pytest.approx([20.0, seconds])
 
 
-def test_what_cannot_be_copied_is_made_again_or_stays() -> None:
-    parts = [
-        Component("x", 60, frozenset({"a"}), remake={"a": 9.0}, copied=False),
-        Component("y", 60, frozenset({"b"}), remake={"b": 0.0}, copied=False),
-    ]
-    tiers = [Tier("device", 100), Tier("host", 1000, 1e9, 1e9)]
-    found = best_schedule(parts, [Phase("a", 1.0), Phase("b", 1.0)], tiers)
-    assert found.lost["a"] == pytest.approx(9.0)
-    assert not any("host" in move.before + move.after for move in found.moves)
-
-
 def test_changed_contents_are_written_out_in_every_step_and_unchanged_ones_never() -> None:
     """b changes in p1: it goes down (20 s) before p0, beside a's way up (20 s), and comes up (20 s) before p1. A step
     that need not end as it began would save the way down; a stale copy of b would, too."""
