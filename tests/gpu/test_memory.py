@@ -30,7 +30,8 @@ def test_what_leaves_the_device_frees_it_and_comes_back_bit_for_bit(tmp_path: Pa
 
 @pytest.mark.gpu
 def test_a_recipe_runs_within_a_budget(tmp_path: Path) -> None:
-    """Hand-overs are verified and the mismatch is limited: weights that came back wrong would end the run."""
+    """vLLM sleeps and wakes; hand-overs are verified and the mismatch is limited, so weights that came back wrong would
+    end the run. All the trainer has fits: nothing of it leaves the device here."""
     recipe = RECIPE + "memory: {device: 70GiB, disk: ./scratch}\n"
     output = finish(align("run", str(write_recipe(tmp_path, recipe)), "--output", str(tmp_path / "run")))
     assert "Memory, phase by phase" in output
