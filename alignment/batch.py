@@ -22,16 +22,18 @@ def rewards_PG(groups: Sequence[Group], truncated: str) -> np.ndarray:
     return rewards
 
 
-def group_advantages(rewards_PG: np.ndarray) -> np.ndarray:
+def group_advantages(rewards_PG: np.ndarray, *, scale: bool = True) -> np.ndarray:
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group: float64 [P, G].
 
     std is the sample standard deviation (divided by G - 1, as in TRL; the paper does not say which).
-    NaN rewards have left their group: they enter neither mean nor std and their advantage is 0. A group with fewer than
-    two rewards left has no advantage: all 0."""
+    scale=False subtracts the mean alone. NaN rewards have left their group: they enter neither mean nor std and their
+    advantage is 0. A group with fewer than two rewards left has no advantage: all 0."""
     present_PG = np.ma.array(rewards_PG, mask=np.isnan(rewards_PG))
     centred_PG = (present_PG - present_PG.mean(axis=1, keepdims=True)).filled(0.0)
     # Equal rewards such as 0.1 leave rounding errors around the mean, which a division by the tiny std would blow up.
     centred_PG = np.where(present_PG.ptp(axis=1, keepdims=True).filled(0.0) > 0, centred_PG, 0.0)
+    if not scale:
+        return centred_PG
     count_P1 = present_PG.count(axis=1, keepdims=True)
     variance_P1 = (centred_PG**2).sum(axis=1, keepdims=True) / np.maximum(count_P1 - 1, 1)
     return centred_PG / (np.sqrt(variance_P1) + EPSILON)
@@ -46,7 +48,7 @@ def grpo_minibatches(groups: Sequence[Group], config: GRPOConfig) -> list[list[T
     denominators. A NaN reward takes a completion out of both; truncated="mask" takes its tokens out of both, and
     leaves it a completion of the update, as TRL does."""
     rewards = rewards_PG(groups, config.truncated)
-    advantages = group_advantages(rewards)
+    advantages = group_advantages(rewards, scale=config.scale_advantages)
     kept = ~np.isnan(rewards)
     sequences_U = kept.reshape(config.updates_per_batch, -1).sum(axis=1)
     if config.truncated == "mask":

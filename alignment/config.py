@@ -234,6 +234,8 @@ class GRPOConfig(RolloutStageConfig):
     """Stage whose final weights are the reference (default: this stage's start)."""
     normalize: Literal["token", "sequence"] = "token"
     """Loss per token of the whole batch (TRL's dapo) or mean per completion first (TRL's grpo)."""
+    scale_advantages: bool = True
+    """Divide advantages by the group's standard deviation (eq. 34); False subtracts the mean alone."""
     held_out: float = Field(0.0, ge=0, lt=1)
     """Share of the prompts that is not trained on; at most 128 of them measure the reward before, within and after."""
     truncated: Literal["train", "mask", "zero"] = "train"

@@ -109,6 +109,7 @@ def test_advantages_by_hand() -> None:
     assert found[0].tolist() == pytest.approx([v / (std0 + 1e-4) for v in (0.5, -0.5, -0.5, 0.5)])
     std1 = math.sqrt((4 + 1 + 0 + 9) / 3)
     assert found[1].tolist() == pytest.approx([v / (std1 + 1e-4) for v in (-2, -1, 0, 3)])
+    assert group_advantages(rewards, scale=False)[1].tolist() == pytest.approx([-2, -1, 0, 3])
 
 
 def test_equal_rewards_give_exactly_no_advantage() -> None:
