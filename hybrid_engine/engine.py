@@ -33,8 +33,7 @@ from hybrid_engine.memory import Memory
 from hybrid_engine.phases import Budget
 from hybrid_engine.placement import devices, launch, reserve, start_ray
 from hybrid_engine.reward_worker import ModelReward, RewardWorker
-from hybrid_engine.rollout_worker import Finished, RolloutWorker
-from hybrid_engine.sampler import ReplicaSampler
+from hybrid_engine.rollout_worker import Finished, ReplicaSampler, RolloutWorker
 from hybrid_engine.train_worker import TrainWorker
 from rewards.config import RewardConfig
 from rewards.pool import RewardPool

@@ -16,7 +16,7 @@ from alignment.config import TrainConfig
 from alignment.logprobs import TREE_ATTENTION
 from alignment.model import make_reward_model
 from hybrid_engine.sharding import Meshes, shard_model
-from hybrid_engine.views import View, checkpoint_views, intersect, local_block
+from hybrid_engine.weight_sync import View, checkpoint_views, intersect, local_block
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Stored types that hold a weight as it is; the others (fp8, int8) need scales that lie in other tensors."""

@@ -1,17 +1,20 @@
-"""One rank of a rollout engine: an actor that holds vLLM in its own process."""
+"""One rank of a rollout engine: an actor that holds vLLM in its own process; and the sampler that all of them make."""
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 
+from hybrid_engine.hand_over import Meeting, Sent, join, received
+from hybrid_engine.health import wait_all
+from hybrid_engine.layout import RolloutRank
 from hybrid_engine.offload import Place
 from hybrid_engine.placement import Worker
-from hybrid_engine.transport import Meeting, Sent, join, received
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
 from rollout.types import Completion, FinishReason, Handle, Prompt, Trajectories
@@ -135,3 +138,38 @@ def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) 
         ends=np.cumsum([len(token_ids) for token_ids in spoken]),
         ref=ref,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSampler:
+    """Request i goes to lane i modulo their number, so that a run repeats exactly; samples come once all are done.
+
+    replicas: the rollout ranks by name, in the order of `places`. idle: actors that only wait meanwhile, by name.
+    max_length: most tokens of a sequence, prompt and completion together.
+    """
+
+    replicas: Mapping[str, Any]
+    places: Sequence[RolloutRank]
+    idle: Mapping[str, Any]
+    max_length: int
+
+    @property
+    def lanes(self) -> int:
+        """How many sets of requests the ranks work on at once."""
+        return self.places[-1].lane + 1
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        for lane, samples in enumerate(self._ask(requests, lambda actor, own: actor.generate.remote(own))):
+            for sample in samples:
+                yield replace(sample, index=sample.index * self.lanes + lane)
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
+        answers = self._ask(sequences, lambda actor, own: actor.score.remote(own))
+        return [answers[i % self.lanes][i // self.lanes] for i in range(len(sequences))]
+
+    def _ask(self, values: Sequence[Any], call: Any) -> list[Any]:
+        """Each lane's answer to `call(actor, its share of the values)`."""
+        named = zip(self.places, self.replicas.items(), strict=True)
+        calls = {name: call(actor, values[place.lane :: self.lanes]) for place, (name, actor) in named}
+        answers = wait_all(calls, self.idle)
+        return [answer for place, answer in zip(self.places, answers, strict=True) if place.answers]
