@@ -141,8 +141,7 @@ def hand_over(
     While a bucket is loaded the next one is packed, and is published after it: the sender holds two at most.
     canary: prompts [T] whose next tokens trainer and engines compare, at the limit of `precision`. loaded: called when
     the weights are in and the trainer has been asked about the canary; then the engines are.
-    Raises WorkerError with the check that failed, CanaryError where an engine computes something else.
-    """
+    Raises WorkerError with the check that failed, CanaryError where an engine computes something else."""
     nbytes, begun = 0, time.perf_counter()
     for bucket in range(buckets):
         first, last = bucket == 0, bucket + 1 == buckets

@@ -20,8 +20,6 @@ from rollout.prompts import encode_strings, encode_text
 from rollout.types import Text
 from rollout.vllm.sleep import trim
 
-TEXTS = ("prompts", "completions")
-
 
 class RewardWorker(Worker):
     """Scores texts. On CUDA the model lies over as many devices as it needs."""
@@ -122,7 +120,7 @@ class ModelReward:
         self._allowed.wait()
         try:
             with self._turn:
-                scores = self._get(self.worker.score.remote(*(batch.columns[name] for name in TEXTS)))
+                scores = self._get(self.worker.score.remote(batch.columns["prompts"], batch.columns["completions"]))
             return Reply(values=[score if math.isfinite(score) else f"returned {score}" for score in scores])
         except ray.exceptions.RayTaskError as error:
             return Reply(failure=describe(error))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from more_itertools import batched
 
 from hybrid_engine.hand_over import Meeting, Sent, join, received
 from hybrid_engine.health import wait_all
@@ -38,13 +39,9 @@ class Finished:
     def groups(self) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """(place, completions) of each group."""
         spoken = np.split(self.token_ids, self.ends[:-1])
-        completions = [
-            Completion(text, token_ids, reason, Handle(self.ref, index))
-            for index, (text, token_ids, reason) in enumerate(zip(self.texts, spoken, self.finish_reasons, strict=True))
-        ]
-        size = len(completions) // len(self.places)
-        for number, place in enumerate(self.places):
-            yield place, tuple(completions[number * size : (number + 1) * size])
+        handles = [Handle(self.ref, index) for index in range(len(spoken))]
+        completions = map(Completion, self.texts, spoken, self.finish_reasons, handles)
+        return zip(self.places, batched(completions, len(spoken) // len(self.places)), strict=True)
 
 
 class RolloutWorker(Worker):
@@ -142,11 +139,8 @@ def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSampler:
-    """Request i goes to lane i modulo their number, so that a run repeats exactly; samples come once all are done.
-
-    replicas: the rollout ranks by name, in the order of `places`. idle: actors that only wait meanwhile, by name.
-    max_length: most tokens of a sequence, prompt and completion together.
-    """
+    """A `Sampler` over all live engines. Request i goes to lane i modulo their number, so that a run repeats exactly;
+    samples come once all are done. replicas: the rollout ranks by name. idle: actors that only wait meanwhile."""
 
     replicas: Mapping[str, Any]
     places: Sequence[RolloutRank]
@@ -169,7 +163,6 @@ class ReplicaSampler:
 
     def _ask(self, values: Sequence[Any], call: Any) -> list[Any]:
         """Each lane's answer to `call(actor, its share of the values)`."""
-        named = zip(self.places, self.replicas.items(), strict=True)
-        calls = {name: call(actor, values[place.lane :: self.lanes]) for place, (name, actor) in named}
+        calls = {p.name: call(self.replicas[p.name], values[p.lane :: self.lanes]) for p in self.places}
         answers = wait_all(calls, self.idle)
         return [answer for place, answer in zip(self.places, answers, strict=True) if place.answers]

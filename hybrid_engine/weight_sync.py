@@ -4,6 +4,7 @@ the hand-over's plan: which piece of which shard goes to which rollout rank, in 
 import re
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,7 @@ def checkpoint_views(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -
 
     Transformers' own conversion runs over tensors without data, and where it would copy one it goes on with the
     original: offset and strides of what comes out then say which elements each checkpoint tensor consists of.
-    Raises ValueError when a checkpoint tensor is made in another way (two tensors joined, say).
-    """
+    Raises ValueError when a checkpoint tensor is made in another way (two tensors joined, say)."""
     with torch.no_grad(), _NoCopies():
         stand_ins = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
         owners = {tensor.untyped_storage()._cdata: name for name, tensor in stand_ins.items()}
@@ -122,24 +122,23 @@ class WeightPacker:
 
     `buckets`: their number, the same on every rank; `nbytes`: what the largest takes. Every pack overwrites the buffers
     of the one before, unless it gets a `room` of its own. Raises ValueError when a checkpoint tensor is no view of one
-    training tensor (then the model's layout differs from its checkpoint's by more than splitting and transposing).
-    """
+    training tensor (then the model's layout differs from its checkpoint's by more than splitting and transposing)."""
 
     def __init__(self, model: PreTrainedModel, rollout: RolloutConfig) -> None:
         tied = model.all_tied_weights_keys
         # FSDP exchanges a module's parameters around its forward. A state dict made now holds the sharded ones, which
         # stay the same objects for good.
         self._sources = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tied}
-        plan: list[tuple[str, View, str]] = []
+        plan: list[tuple[int, str, View, str]] = []
         for name, views in checkpoint_views(model, self._sources).items():
             source = self._sources[name]
             dtype = rollout.dtype if isinstance(source, torch.nn.Parameter) else str(source.dtype)[6:]
-            plan += [(name, view, dtype) for view in views]
+            plan += [(prod(view.shape) * TORCH_DTYPES[dtype].itemsize, name, view, dtype) for view in views]
         experts = routed_experts(model.config.get_text_config().to_dict())
         self._buckets: list[dict[Receiver, list[Move]]] = []
-        for tensors in constrained_batches(plan, rollout.bucket_mb * MEBIBYTE, get_len=_nbytes, strict=False):
+        for tensors in constrained_batches(plan, rollout.bucket_mb * MEBIBYTE, get_len=itemgetter(0), strict=False):
             bucket: dict[Receiver, list[Move]] = {}
-            for name, view, dtype in tensors:
+            for _, name, view, dtype in tensors:
                 expert = EXPERT.search(view.name) if rollout.expert else None
                 receiver = int(expert[1]) * rollout.world // experts if expert else None  # as vLLM lays them
                 move = self._move(name, view, dtype, _end(bucket.get(receiver, [])))
@@ -183,10 +182,6 @@ def _fill(room: np.ndarray | torch.Tensor, version: int, moves: list[Move], bloc
     pieces = tuple(move.piece for move in moves)
     manifest = WeightManifest(version, pieces, digests if on_host else device_digests(room, pieces))
     return Parcel(manifest, room[: manifest.nbytes] if on_host else room)
-
-
-def _nbytes(planned: tuple[str, View, str]) -> int:
-    return prod(planned[1].shape) * TORCH_DTYPES[planned[2]].itemsize
 
 
 def _end(moves: list[Move]) -> int:

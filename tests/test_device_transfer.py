@@ -155,7 +155,7 @@ def world(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, A
     engines = [Rollout(place.rank, number, net.member(number)) for number, place in enumerate(places)]
     training = {}
     for rank in range(2):
-        worker = Trainer(rank, TrainConfig(shard=2), "cpu")
+        worker = Trainer(rank, TrainConfig(shard=2), LAYOUT, "cpu")
         worker._packer = Packer(rank)
         pairs = [(place.rank, how) for place, how in zip(places, ways, strict=True)]
         worker._sender = Sender(pairs, CPU, net.member(len(places) + rank))
