@@ -258,8 +258,6 @@ class HybridEngine:
         if self._started_ray:
             ray.shutdown()
 
-    # -- weights -----------------------------------------------------------------------------------------------
-
     def _hand_over(self) -> None:
         """Bring the newest weights into every engine, verified."""
         self._enter("handover")

@@ -137,7 +137,6 @@ def hand_over(
 ) -> dict[str, float]:  # fmt: skip
     """Send the weights as they are now; `handover/bytes`, `handover/canary` (the largest difference found), and the
     seconds `time/handover` and `time/canary` (what the comparison takes beyond them).
-
     While a bucket is loaded the next one is packed, and is published after it: the sender holds two at most.
     canary: prompts [T] whose next tokens trainer and engines compare, at the limit of `precision`. loaded: called when
     the weights are in and the trainer has been asked about the canary; then the engines are.

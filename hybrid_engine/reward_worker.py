@@ -50,13 +50,12 @@ class RewardWorker(Worker):
         longest, context = max(map(len, encoded)), self._model.config.get_text_config().max_position_embeddings
         if longest > context:
             raise ValueError(f"a text has {longest} tokens, the reward model's context is {context}")
-        scores = [0.0] * len(encoded)
+        scores: dict[int, float] = {}
         for chosen in batches([len(ids) for ids in encoded], self._tokens):
             rows = {"input_ids": [encoded[i] for i in chosen]}
             inputs = self._tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self._model.device)
-            for i, value in zip(chosen, self._model(**inputs).logits[:, 0].tolist(), strict=True):
-                scores[i] = value
-        return scores
+            scores |= zip(chosen, self._model(**inputs).logits[:, 0].tolist(), strict=True)
+        return [scores[i] for i in range(len(encoded))]
 
     def release(self) -> None:
         """Free the model's memory until the next `score`."""

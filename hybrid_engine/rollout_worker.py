@@ -18,7 +18,7 @@ from hybrid_engine.offload import Place
 from hybrid_engine.placement import Worker
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
-from rollout.types import Completion, FinishReason, Handle, Prompt, Trajectories
+from rollout.types import Completion, Handle, Packed, Prompt
 
 CANARY_TOP = 20
 """Tokens per canary prompt whose log-probabilities are compared."""
@@ -26,22 +26,17 @@ CANARY_TOP = 20
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Groups that are complete, in a few values: each is the prompt's place in the batch, and its G completions follow
-    each other. The trajectories lie behind `ref`, in the same order, as `Trajectories`."""
+    """Groups that are complete: each is the prompt's place in the batch, and its G completions follow each other, as
+    (text, token ids, finish reason). The trajectories lie behind `ref`, in the same order."""
 
     places: tuple[int, ...]
-    texts: tuple[str, ...]
-    finish_reasons: tuple[FinishReason, ...]
-    token_ids: np.ndarray
-    ends: np.ndarray
+    said: Packed
     ref: ray.ObjectRef
 
     def groups(self) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """(place, completions) of each group."""
-        spoken = np.split(self.token_ids, self.ends[:-1])
-        handles = [Handle(self.ref, index) for index in range(len(spoken))]
-        completions = map(Completion, self.texts, spoken, self.finish_reasons, handles)
-        return zip(self.places, batched(completions, len(spoken) // len(self.places)), strict=True)
+        completions = (Completion(*said, Handle(self.ref, index)) for index, said in enumerate(self.said))
+        return zip(self.places, batched(completions, len(self.said) // len(self.places)), strict=True)
 
 
 class RolloutWorker(Worker):
@@ -123,18 +118,9 @@ class RolloutWorker(Worker):
 def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) -> Finished:
     """Trajectories go to the object store, once for all these groups (`held` gets the reference); the rest is small."""
     samples = [sample for _, found in groups for sample in sorted(found, key=lambda sample: sample.index)]
-    trajectories = [sample.trajectory for sample in samples]
-    spoken = [trajectory.token_ids[trajectory.loss_mask] for trajectory in trajectories]
-    ref = ray.put(Trajectories(trajectories))
-    held.append(ref)
-    return Finished(
-        places=tuple(place for place, _ in groups),
-        texts=tuple(sample.text for sample in samples),
-        finish_reasons=tuple(trajectory.finish_reason for trajectory in trajectories),
-        token_ids=np.concatenate(spoken),
-        ends=np.cumsum([len(token_ids) for token_ids in spoken]),
-        ref=ref,
-    )
+    said = Packed((s.text, s.trajectory.token_ids[s.trajectory.loss_mask], s.trajectory.finish_reason) for s in samples)
+    held.append(ray.put(Packed(sample.trajectory for sample in samples)))
+    return Finished(tuple(place for place, _ in groups), said, held[-1])
 
 
 @dataclass(frozen=True, slots=True)

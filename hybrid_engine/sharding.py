@@ -47,7 +47,6 @@ def shard_model(model: PreTrainedModel, meshes: Meshes, train: TrainConfig) -> N
     gradients are reduced in float32. One rank in float32 stays a plain model; one rank in bfloat16 is "sharded" over
     itself, so that the precision of every operation is the same for any number of ranks.
     Without activation checkpointing a layer is gathered once per update instead of twice, for its memory.
-
     A model on the `meta` device stays there. The forward must go through `model(...)`: FSDP gathers parameters in that
     call's hooks. Raises ValueError when a parameter is less precise than float32."""
     for name, parameter in model.named_parameters():

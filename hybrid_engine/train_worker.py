@@ -42,11 +42,6 @@ class TrainWorker(Worker):
         self._saving: Future[None] | None = None
         self._offloader: Offloader | None = None
         self._streamed: list[Place] = []
-        self._forget()
-
-    def _forget(self) -> None:
-        """Hold nothing of a stage."""
-        self._policy = self._reference = self._packer = None
         self._packed: tuple[Any, Any] = None, None  # (version, bucket), and its parcels
 
     def join(self, address: tuple[str, int]) -> None:
@@ -64,7 +59,8 @@ class TrainWorker(Worker):
     def load(self, model_dir: Path, tokenizer_dir: Path, stage: StageConfig, reference_dir: Path | None) -> int:
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
         Returns the number of buckets of a hand-over, none of a reward model."""
-        self._forget()
+        self._policy = self._reference = self._packer = None  # before the next ones are made: they need the memory
+        self._packed = None, None
         if self._offloader is not None:
             self._offloader.clear()
         self._policy = self._build(model_dir, stage, self._config)
@@ -94,8 +90,6 @@ class TrainWorker(Worker):
             outputs=token_scores if judges else token_logprobs,
             step=self._step,
         )
-
-    # -- memory ------------------------------------------------------------------------------------------------
 
     def offload(self, folder: Path | None) -> tuple[int, dict[str, tuple[float, float]]]:
         """Get ready to move tensors, to `folder` too: its free bytes, and as `Offloader.speeds`."""
@@ -238,8 +232,7 @@ def resolve(rows: Sequence[TrainRow]) -> list[TrainRow]:
     def fetch(handle: Handle | None) -> Any:
         if handle is None:
             return None
-        held = found[handle.ref] if isinstance(handle.ref, ray.ObjectRef) else handle.ref
-        return held[handle.index]
+        return (found[handle.ref] if isinstance(handle.ref, ray.ObjectRef) else handle.ref)[handle.index]
 
     fetched = ((row, *map(fetch, (row.trajectory, row.old_logprobs, row.reference_logprobs))) for row in rows)
     return [replace(row, trajectory=own, old_logprobs=old, reference_logprobs=ref) for row, own, old, ref in fetched]

@@ -59,9 +59,8 @@ def checkpoint_views(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -
                     "so this model's weights cannot be handed over; choose another model family"
                 )
             views[owner].append(View(name, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
-    covered = {name: sum(prod(view.shape) for view in parts) for name, parts in views.items()}
-    missing = [name for name, tensor in tensors.items() if covered[name] != tensor.numel()]
-    assert not missing, f"the conversion to checkpoint names lost parts of {missing}"
+    lost = [name for name, parts in views.items() if sum(prod(v.shape) for v in parts) != tensors[name].numel()]
+    assert not lost, f"the conversion to checkpoint names lost parts of {lost}"
     return {name: tuple(sorted(parts, key=lambda view: view.offset)) for name, parts in views.items()}
 
 
@@ -119,7 +118,6 @@ class WeightPacker:
     (a router's correction bias) keep theirs, because models that have such buffers compute with them in float32.
     Of ranks that hold the same, the first sends it. With expert parallelism in the rollout an expert goes only to the
     rank that holds it.
-
     `buckets`: their number, the same on every rank; `nbytes`: what the largest takes. Every pack overwrites the buffers
     of the one before, unless it gets a `room` of its own. Raises ValueError when a checkpoint tensor is no view of one
     training tensor (then the model's layout differs from its checkpoint's by more than splitting and transposing)."""

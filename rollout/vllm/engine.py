@@ -28,10 +28,10 @@ ALIKE = {"flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}  # 
 
 
 class VllmEngine:
-    """One vLLM engine, or a rank of one. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
-
+    """One vLLM engine, or a rank of one. model_dir: a Transformers directory; with `dummy`, its weights are not read.
     seed: of requests without a seed of their own. routes: the experts of every token are needed, not only welcome.
     sleeps: `give_up` and `hold` will be called.
+
     Where `config.world` is above 1, every rank makes the same calls at the same time: the ranks of a tensor-parallel
     group with the same requests, `config.data` such groups with requests of their own (or none).
     Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
@@ -181,7 +181,6 @@ class VllmEngine:
         self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams], *, record: bool = False
     ) -> Iterator[list[tuple[int, RequestOutput]]]:
         """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest.
-
         record: the experts of these requests' tokens will be asked for."""
         if self._version is None:
             raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
