@@ -187,7 +187,7 @@ def test_every_rank_gets_its_own_and_two_buckets_are_the_most(
 
         monkeypatch.setattr(sender, "room", room)
     for version in (1, 2):
-        figures = hand_over(training, rollout, version, Packer.buckets, [np.arange(3)], "float32")
+        figures = hand_over(training, rollout, version, Packer.buckets, [np.arange(3)], "float32", lambda: None)
         assert figures["handover/bytes"] == 2 * Packer.buckets * 3 * 150
         for place, engine in zip(rollout_ranks(LAYOUT), engines, strict=True):
             expected = {
@@ -210,7 +210,7 @@ def test_memory_that_is_packed_into_while_it_is_read_is_found(
         only = torch.zeros(Packer.nbytes, dtype=torch.uint8)
         monkeypatch.setattr(actor._held._sender, "room", lambda nbytes, only=only: only)
     with pytest.raises(HandoverError, match=r"^digest: tensor ./0/.* differs"):
-        hand_over(training, rollout, 1, Packer.buckets, [np.arange(3)], "float32")
+        hand_over(training, rollout, 1, Packer.buckets, [np.arange(3)], "float32", lambda: None)
 
 
 def test_another_order_of_transfers_would_wait_for_ever(
