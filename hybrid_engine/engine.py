@@ -215,24 +215,20 @@ class HybridEngine:
         self, rows: Sequence[TrainRow], loss: Loss, *, learning_rate: float, temperature: float, max_grad_norm: float
     ) -> dict[str, float]:
         """One optimiser step on the summed loss of `rows`."""
-        parts = split_over_ranks(rows, len(self._ranks))
+        shares = [[rows[i] for i in part] for part in split_over_ranks(rows, len(self._ranks))]
         how = {"learning_rate": learning_rate, "temperature": temperature, "max_grad_norm": max_grad_norm}
-        stats = self._on_parts(rows, parts, lambda rank, own: rank.update.remote(own, loss, **how))
+        stats = self._call_ranks(lambda rank, own: rank.update.remote(own, loss, **how), shares)
         self._version += 1
         if time.monotonic() - self._looked > LOOK:  # a death is noticed as soon as while a long update is waited for
             wait_all({name: replica.pid.remote() for name, replica in self._replicas.items()})
             self._looked = time.monotonic()
         return merge_stats(stats)
 
-    def _on_parts(self, rows: Sequence[TrainRow], parts: Sequence[Sequence[int]], call: Any) -> list[Any]:
-        """`call(rank, its part of the rows)` for every rank, waited for."""
-        named = zip(self._ranks.items(), parts, strict=True)
-        return wait_all({name: call(rank, [rows[i] for i in part]) for (name, rank), part in named}, self._replicas)
-
     def logprobs(self, rows: Sequence[TrainRow], *, temperature: float, reference: bool = False) -> list[Handle]:
         """Handles to the log-probabilities of each row's loss-carrying tokens."""
         parts = split_over_ranks(rows, len(self._ranks))
-        results = self._on_parts(rows, parts, lambda rank, own: rank.logprobs.remote(own, temperature, reference))
+        shares = [[rows[i] for i in part] for part in parts]
+        results = self._call_ranks(lambda rank, own: rank.logprobs.remote(own, temperature, reference), shares)
         placed = dict(zip(chain.from_iterable(parts), chain.from_iterable(results), strict=True))
         return [placed[i] for i in range(len(rows))]
 
@@ -267,8 +263,10 @@ class HybridEngine:
             self._metrics[name] = before + value if name.startswith("time/") else max(before, value)
         self._handed_over = self._version
 
-    def _call_ranks(self, call: Any) -> list[Any]:
-        return wait_all({name: call(rank) for name, rank in self._ranks.items()}, self._replicas)
+    def _call_ranks(self, call: Any, *shares: Sequence[Any]) -> list[Any]:
+        """`call(rank, its share of each)` for every rank, waited for."""
+        named = zip(self._ranks.items(), *shares, strict=True)
+        return wait_all({name: call(rank, *own) for (name, rank), *own in named}, self._replicas)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
