@@ -5,15 +5,16 @@
        │                  v
        └──groups── rollout engines (vLLM: whole, TP, TP+EP, DP+EP) one process a rank
 
-Training and rollout take turns on the same device, so each may use all of it.
-"""
+Training and rollout take turns on the same device, so each may use all of it."""
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,8 +34,7 @@ from hybrid_engine.memory import Memory
 from hybrid_engine.phases import Budget
 from hybrid_engine.placement import devices, launch, reserve, start_ray
 from hybrid_engine.reward_worker import ModelReward, RewardWorker
-from hybrid_engine.rollout_worker import Finished, RolloutWorker
-from hybrid_engine.sampler import ReplicaSampler
+from hybrid_engine.rollout_worker import Finished, ReplicaSampler, RolloutWorker
 from hybrid_engine.train_worker import TrainWorker
 from rewards.config import RewardConfig
 from rewards.pool import RewardPool
@@ -52,7 +52,7 @@ class HybridEngine:
         ray_address: str | None = None, budget: Budget | None = None,
     ) -> None:  # fmt: skip
         self._train_config, self._rollout_config = train, rollout
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = defaultdict(float)
         self._version = 0
         self._handed_over = -1
         self._looked = time.monotonic()
@@ -79,23 +79,17 @@ class HybridEngine:
         training, sampling = devices(train, rollout)
         group = self._group = reserve(len({*training, *sampling})) if device == "cuda" else None
         share = 1.0 if rollout.placement == "split" else 0.5
-        self._ranks = {
-            f"training rank {rank}": launch(TrainWorker, (rank, train, device), train.world, env, group, at, share)
-            for rank, at in enumerate(training)
-        }
+        for rank, at in enumerate(training):
+            arguments = rank, train, rollout, device
+            self._ranks[f"training rank {rank}"] = launch(TrainWorker, arguments, train.world, env, group, at, share)
         for place, at in zip(self._places, sampling, strict=True):
             arguments, variables = (place.rank, rollout), environment(rollout, place.rank)
-            found = launch(RolloutWorker, arguments, len(sampling), variables, group, at, share)
-            self._replicas[place.name] = found
+            self._replicas[place.name] = launch(RolloutWorker, arguments, len(sampling), variables, group, at, share)
         leaders = [next(iter(self._ranks)), *(place.name for place in self._places if place.rank == 0)]
         meet, *meets = wait_all({name: (self._ranks | self._replicas)[name].address.remote() for name in leaders})
         joining = {name: rank.join.remote(meet) for name, rank in self._ranks.items()}
-        starting = {
-            place.name: replica.start.remote(
-                meets[place.engine], model_dir, seed, train.routing_replay, self._memory.on
-            )
-            for place, replica in zip(self._places, self._replicas.values(), strict=True)
-        }
+        how = model_dir, seed, train.routing_replay, self._memory.on
+        starting = {p.name: self._replicas[p.name].start.remote(meets[p.engine], *how) for p in self._places}
         length = wait_all(joining | starting)[-1]
         connect(self._ranks, self._replicas, self._places, device, rollout.placement == "split")
         self._memory.start(device, self._ranks, self._replicas)
@@ -106,13 +100,11 @@ class HybridEngine:
 
     def load(self, model_dir: Path, tokenizer_dir: Path, stage: StageConfig, reference_dir: Path | None = None) -> None:
         """Begin a stage from the weights in `model_dir`, with a new optimiser."""
-        rollout = self._rollout_config
+        what = model_dir, tokenizer_dir, stage, reference_dir
         self._judges.clear()
         self._memory.before_load()
-        self._buckets = self._call_ranks(
-            lambda rank: rank.load.remote(model_dir, tokenizer_dir, stage, rollout, reference_dir)
-        )[0]
-        self._memory.loaded(stage, self._train_config, rollout, self._model)
+        self._buckets = self._call_ranks(lambda rank: rank.load.remote(*what))[0]
+        self._memory.loaded(stage, self._train_config, self._rollout_config, self._model)
         self._version += 1
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
@@ -187,10 +179,8 @@ class HybridEngine:
     def rollouts(
         self, batches: Iterable[tuple[int, Sequence[Prompt]]], sampling: Sampling, scorer: RewardPool
     ) -> Iterator[list[Group]]:
-        """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order.
-
-        Weights go in at every step, also where the last one changed none: a run that resumes here does so too.
-        """
+        """For each (step, prompts): newest weights in, sampled, scored as they finish; groups in prompt order. Weights
+        go in at every step, also where the last one changed none: a run that resumes here does so too."""
         for step, prompts in batches:
             self._hand_over()
             with self.phase("generate"):
@@ -204,13 +194,11 @@ class HybridEngine:
         self, step: int, prompts: Sequence[Prompt], sampling: Sampling, scorer: RewardPool
     ) -> Iterator[tuple[list[tuple[int, Group]], Future[list[Scores]]]]:
         """Groups (with their place in the batch) as they are complete, each with its scores to come."""
-        count = self._sampler.lanes
-        streams = {
-            replica.sample.options(num_returns="streaming").remote(
-                prompts[place.lane :: count], range(place.lane, len(prompts), count), sampling, step
-            ): place.name
-            for place, replica in zip(self._places, self._replicas.values(), strict=True)
-        }
+        streams, lanes = {}, self._sampler.lanes
+        for place in self._places:
+            sample = self._replicas[place.name].sample.options(num_returns="streaming")
+            own, places = prompts[place.lane :: lanes], range(place.lane, len(prompts), lanes)
+            streams[sample.remote(own, places, sampling, step)] = place.name
         while streams:
             stream = wait_any(streams, self._ranks)
             try:
@@ -227,31 +215,21 @@ class HybridEngine:
         self, rows: Sequence[TrainRow], loss: Loss, *, learning_rate: float, temperature: float, max_grad_norm: float
     ) -> dict[str, float]:
         """One optimiser step on the summed loss of `rows`."""
-        parts = split_over_ranks(rows, len(self._ranks))
-        how = loss, learning_rate, temperature, max_grad_norm
-        stats = self._on_parts(rows, parts, lambda rank, own: rank.update.remote(own, *how))
+        shares = [[rows[i] for i in part] for part in split_over_ranks(rows, len(self._ranks))]
+        how = {"learning_rate": learning_rate, "temperature": temperature, "max_grad_norm": max_grad_norm}
+        stats = self._call_ranks(lambda rank, own: rank.update.remote(own, loss, **how), shares)
         self._version += 1
-        self._look_at_idle_engines()
-        return merge_stats(stats)
-
-    def _on_parts(self, rows: Sequence[TrainRow], parts: Sequence[Sequence[int]], call: Any) -> list[Any]:
-        """`call(rank, its part of the rows)` for every rank, waited for."""
-        named = zip(self._ranks.items(), parts, strict=True)
-        return wait_all({name: call(rank, [rows[i] for i in part]) for (name, rank), part in named}, self._replicas)
-
-    def _look_at_idle_engines(self) -> None:
-        """An engine that dies while short updates follow each other is noticed as soon as during a long one."""
-        if time.monotonic() - self._looked > LOOK:
+        if time.monotonic() - self._looked > LOOK:  # a death is noticed as soon as while a long update is waited for
             wait_all({name: replica.pid.remote() for name, replica in self._replicas.items()})
             self._looked = time.monotonic()
+        return merge_stats(stats)
 
     def logprobs(self, rows: Sequence[TrainRow], *, temperature: float, reference: bool = False) -> list[Handle]:
         """Handles to the log-probabilities of each row's loss-carrying tokens."""
         parts = split_over_ranks(rows, len(self._ranks))
-        results = self._on_parts(rows, parts, lambda rank, own: rank.logprobs.remote(own, temperature, reference))
-        placed: dict[int, Handle] = {}
-        for part, handles in zip(parts, results, strict=True):
-            placed |= zip(part, handles, strict=True)
+        shares = [[rows[i] for i in part] for part in parts]
+        results = self._call_ranks(lambda rank, own: rank.logprobs.remote(own, temperature, reference), shares)
+        placed = dict(zip(chain.from_iterable(parts), chain.from_iterable(results), strict=True))
         return [placed[i] for i in range(len(rows))]
 
     def scores(self, rows: Sequence[TrainRow]) -> np.ndarray:
@@ -262,7 +240,7 @@ class HybridEngine:
 
     def take_metrics(self) -> dict[str, float]:
         """`time/*` seconds, `handover/*` and `memory/*` since the last call."""
-        taken, self._metrics = self._metrics, {}
+        taken, self._metrics = dict(self._metrics), defaultdict(float)
         return taken | self._memory.take_metrics()
 
     def close(self) -> None:
@@ -276,23 +254,22 @@ class HybridEngine:
         if self._started_ray:
             ray.shutdown()
 
-    # -- weights -----------------------------------------------------------------------------------------------
-
     def _hand_over(self) -> None:
         """Bring the newest weights into every engine, verified."""
         self._enter("handover")
         what = self._version, self._buckets, self._canary, self.precision, lambda: self._enter("generate")
         for name, value in hand_over(self._ranks, self._replicas, *what).items():
-            before = self._metrics.get(name, 0.0)
+            before = self._metrics[name]
             self._metrics[name] = before + value if name.startswith("time/") else max(before, value)
         self._handed_over = self._version
 
-    def _call_ranks(self, call: Any) -> list[Any]:
-        return wait_all({name: call(rank) for name, rank in self._ranks.items()}, self._replicas)
+    def _call_ranks(self, call: Any, *shares: Sequence[Any]) -> list[Any]:
+        """`call(rank, its share of each)` for every rank, waited for."""
+        named = zip(self._ranks.items(), *shares, strict=True)
+        return wait_all({name: call(rank, *own) for (name, rank), *own in named}, self._replicas)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        key = f"time/{name}"
-        self._metrics[key] = self._metrics.get(key, 0.0) + time.perf_counter() - start
+        self._metrics[f"time/{name}"] += time.perf_counter() - start

@@ -2,8 +2,7 @@
 
 A token's hidden state goes once to every rank that holds at least one of its experts, the sum of what those experts
 make of it (each weighted by its gate) comes back, and the token's rank adds the sums up. It is the same function as the
-layer's own, forward and backward; on the way back gradients travel the other way.
-"""
+layer's own, forward and backward; on the way back gradients travel the other way."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,10 +24,8 @@ def expert_modules(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 
 
 def spread_experts(experts: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Keep this rank's share of the experts, in place, as DTensors that still know the whole.
-
-    mesh: one dimension, over the ranks that together hold all experts; it must divide their number.
-    """
+    """Keep this rank's share of the experts, in place, as DTensors that still know the whole. mesh: one dimension, over
+    the ranks that together hold all experts; it must divide their number."""
     count, rank = experts.num_experts // mesh.size(), mesh.get_local_rank()
     assert count * mesh.size() == experts.num_experts, "layout.misfits comes first"
     for name, parameter in list(experts.named_parameters(recurse=False)):
@@ -39,13 +36,9 @@ def spread_experts(experts: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _forward(
-    experts: torch.nn.Module,
-    compute: Experts,
-    mesh: DeviceMesh,
-    hidden_NH: torch.Tensor,
-    ids_NK: torch.Tensor,
-    weights_NK: torch.Tensor,
-) -> torch.Tensor:
+    experts: torch.nn.Module, compute: Experts, mesh: DeviceMesh,
+    hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     ranks, count = mesh.size(), experts.num_experts
     # An id past the last expert stands for none: its column is cut off.
     wanted_NR = torch.zeros(len(ids_NK), ranks + 1, dtype=torch.bool, device=ids_NK.device)

@@ -14,16 +14,14 @@ class WorkerError(RuntimeError):
     """An actor died or raised. The message names the actor and says what happened first."""
 
 
-def wait_all(calls: Mapping[str, ray.ObjectRef], idle: Mapping[str, Any] | None = None) -> list[Any]:
-    """The results of calls running at once, in order. `calls`: a name for messages -> the call's reference.
-
-    idle: actors that have nothing to do meanwhile, by name: their death is noticed too.
-    Raises WorkerError as soon as one fails, naming the one that died where a death made others fail too.
-    """
+def wait_all(calls: Mapping[str, ray.ObjectRef], idle: Mapping[str, Any] = {}) -> list[Any]:
+    """The results of calls running at once, in order. calls: a name for messages -> the call's reference. idle: actors
+    that have nothing to do meanwhile, by name: their death is noticed too.
+    Raises WorkerError as soon as one fails, naming the one that died where a death made others fail too."""
     names = {ref: name for name, ref in calls.items()}
     pending = list(names)
     while pending:
-        done = wait_any(pending, idle or {})
+        done = wait_any(pending, idle)
         pending.remove(done)
         if (failure := _failure(done)) is not None:
             failed, failure = _first_cause(done, failure, pending)
@@ -63,14 +61,10 @@ def describe(error: RayError) -> str:
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
     if isinstance(error, RayActorError) and error.actor_init_failed:
-        return f"it could not start: {_after_frames(str(error))}"
+        lines = [line for line in str(error).strip().splitlines() if line.strip(" ^~")]
+        frames = [number for number, line in enumerate(lines) if line.lstrip().startswith('File "')]
+        own = lines[frames[-1] + 2 :] if frames else lines[-1:]  # the exception's, after its traceback
+        return "it could not start: " + "\n".join(own)
     if isinstance(error, RayActorError):
         return f"the process died ({str(error).strip().splitlines()[-1].strip()})"
     return f"{type(error).__name__}: {error}"
-
-
-def _after_frames(trace: str) -> str:
-    """The exception's own lines at the end of a printed traceback."""
-    lines = [line for line in trace.strip().splitlines() if line.strip(" ^~")]
-    frames = [number for number, line in enumerate(lines) if line.lstrip().startswith('File "')]
-    return "\n".join(lines[frames[-1] + 2 :] if frames else lines[-1:])

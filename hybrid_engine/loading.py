@@ -16,7 +16,7 @@ from alignment.config import TrainConfig
 from alignment.logprobs import TREE_ATTENTION
 from alignment.model import make_reward_model
 from hybrid_engine.sharding import Meshes, shard_model
-from hybrid_engine.views import View, checkpoint_views, intersect, local_block
+from hybrid_engine.weight_sync import View, checkpoint_views, intersect, local_block
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Stored types that hold a weight as it is; the others (fp8, int8) need scales that lie in other tensors."""
@@ -25,12 +25,11 @@ PLAIN = ("F64", "F32", "F16", "BF16")
 def load_model(
     path: str | Path, train: TrainConfig, meshes: Meshes, device: torch.device, score_seed: int | None = None
 ) -> PreTrainedModel:
-    """The model of a Transformers directory (or hub name) in float32, laid over the ranks, in `eval` mode.
+    """The model of a Transformers directory (or hub name) in float32, laid over the ranks, in `eval` mode. Its experts
+    run as `grouped_mm`, or as `eager` where torch lacks it: Transformers' choice.
 
-    Its experts run as `grouped_mm`, or as `eager` where torch lacks it: Transformers' choice.
     score_seed: makes it a reward model, with a new head from this seed. `layout.misfits` comes first. Raises ValueError
-    for weights that are missing, of another shape, quantised, or not in safetensors.
-    """
+    for weights that are missing, of another shape, quantised, or not in safetensors."""
     config, fresh = AutoConfig.from_pretrained(path), {}
     if score_seed is not None:
         config.tie_word_embeddings = False
@@ -39,13 +38,7 @@ def load_model(
         if score_seed is not None:
             fresh = make_reward_model(model, score_seed)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    shard_model(
-        model.eval(),
-        meshes,
-        dtype=torch.bfloat16 if train.dtype == "bfloat16" else torch.float32,
-        activation_checkpointing=train.activation_checkpointing,
-        reshard_after_forward=train.activation_checkpointing,
-    )
+    shard_model(model.eval(), meshes, train)
     model.to_empty(device=device)
     model.tie_weights()
     for name, buffer in model.named_buffers():
@@ -57,12 +50,10 @@ def load_model(
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, path: str | Path, fresh: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Read each rank's part of every weight, in place; `model` may be sharded in any way. Raises ValueError.
-
-    fresh: whole weights that are not in the files, by name.
-    """
-    tied, fresh = model.all_tied_weights_keys, fresh or {}
+def fill(model: PreTrainedModel, path: str | Path, fresh: Mapping[str, torch.Tensor] = {}) -> None:
+    """Read each rank's part of every weight, in place; `model` may be sharded in any way. fresh: whole weights that are
+    not in the files, by name. Raises ValueError as `load_model`."""
+    tied = model.all_tied_weights_keys
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
     with ExitStack() as stack:
         files = {name: file for file in _files(path, stack) for name in file.keys()}  # noqa: SIM118

@@ -20,8 +20,6 @@ from rollout.prompts import encode_strings, encode_text
 from rollout.types import Text
 from rollout.vllm.sleep import trim
 
-TEXTS = ("prompts", "completions")
-
 
 class RewardWorker(Worker):
     """Scores texts. On CUDA the model lies over as many devices as it needs."""
@@ -52,13 +50,12 @@ class RewardWorker(Worker):
         longest, context = max(map(len, encoded)), self._model.config.get_text_config().max_position_embeddings
         if longest > context:
             raise ValueError(f"a text has {longest} tokens, the reward model's context is {context}")
-        scores = [0.0] * len(encoded)
+        scores: dict[int, float] = {}
         for chosen in batches([len(ids) for ids in encoded], self._tokens):
             rows = {"input_ids": [encoded[i] for i in chosen]}
             inputs = self._tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self._model.device)
-            for i, value in zip(chosen, self._model(**inputs).logits[:, 0].tolist(), strict=True):
-                scores[i] = value
-        return scores
+            scores |= zip(chosen, self._model(**inputs).logits[:, 0].tolist(), strict=True)
+        return [scores[i] for i in range(len(encoded))]
 
     def release(self) -> None:
         """Free the model's memory until the next `score`."""
@@ -122,7 +119,7 @@ class ModelReward:
         self._allowed.wait()
         try:
             with self._turn:
-                scores = self._get(self.worker.score.remote(*(batch.columns[name] for name in TEXTS)))
+                scores = self._get(self.worker.score.remote(batch.columns["prompts"], batch.columns["completions"]))
             return Reply(values=[score if math.isfinite(score) else f"returned {score}" for score in scores])
         except ray.exceptions.RayTaskError as error:
             return Reply(failure=describe(error))

@@ -1,20 +1,24 @@
-"""One rank of a rollout engine: an actor that holds vLLM in its own process."""
+"""One rank of a rollout engine: an actor that holds vLLM in its own process; and the sampler that all of them make."""
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
+from more_itertools import batched
 
+from hybrid_engine.hand_over import Meeting, Sent, join, received
+from hybrid_engine.health import wait_all
+from hybrid_engine.layout import RolloutRank
 from hybrid_engine.offload import Place
 from hybrid_engine.placement import Worker
-from hybrid_engine.transport import Meeting, Sent, join, received
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
-from rollout.types import Completion, FinishReason, Handle, Prompt, Trajectories
+from rollout.types import Completion, Handle, Packed, Prompt
 
 CANARY_TOP = 20
 """Tokens per canary prompt whose log-probabilities are compared."""
@@ -22,26 +26,17 @@ CANARY_TOP = 20
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Groups that are complete, in a few values: each is the prompt's place in the batch, and its G completions follow
-    each other. The trajectories lie behind `ref`, in the same order, as `Trajectories`."""
+    """Groups that are complete: each is the prompt's place in the batch, and its G completions follow each other, as
+    (text, token ids, finish reason). The trajectories lie behind `ref`, in the same order."""
 
     places: tuple[int, ...]
-    texts: tuple[str, ...]
-    finish_reasons: tuple[FinishReason, ...]
-    token_ids: np.ndarray
-    ends: np.ndarray
+    said: Packed
     ref: ray.ObjectRef
 
     def groups(self) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """(place, completions) of each group."""
-        spoken = np.split(self.token_ids, self.ends[:-1])
-        completions = [
-            Completion(text, token_ids, reason, Handle(self.ref, index))
-            for index, (text, token_ids, reason) in enumerate(zip(self.texts, spoken, self.finish_reasons, strict=True))
-        ]
-        size = len(completions) // len(self.places)
-        for number, place in enumerate(self.places):
-            yield place, tuple(completions[number * size : (number + 1) * size])
+        completions = (Completion(*said, Handle(self.ref, index)) for index, said in enumerate(self.said))
+        return zip(self.places, batched(completions, len(self.said) // len(self.places)), strict=True)
 
 
 class RolloutWorker(Worker):
@@ -123,15 +118,37 @@ class RolloutWorker(Worker):
 def _publish(groups: list[tuple[int, list[Sample]]], held: list[ray.ObjectRef]) -> Finished:
     """Trajectories go to the object store, once for all these groups (`held` gets the reference); the rest is small."""
     samples = [sample for _, found in groups for sample in sorted(found, key=lambda sample: sample.index)]
-    trajectories = [sample.trajectory for sample in samples]
-    spoken = [trajectory.token_ids[trajectory.loss_mask] for trajectory in trajectories]
-    ref = ray.put(Trajectories(trajectories))
-    held.append(ref)
-    return Finished(
-        places=tuple(place for place, _ in groups),
-        texts=tuple(sample.text for sample in samples),
-        finish_reasons=tuple(trajectory.finish_reason for trajectory in trajectories),
-        token_ids=np.concatenate(spoken),
-        ends=np.cumsum([len(token_ids) for token_ids in spoken]),
-        ref=ref,
-    )
+    said = Packed((s.text, s.trajectory.token_ids[s.trajectory.loss_mask], s.trajectory.finish_reason) for s in samples)
+    held.append(ray.put(Packed(sample.trajectory for sample in samples)))
+    return Finished(tuple(place for place, _ in groups), said, held[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSampler:
+    """A `Sampler` over all live engines. Request i goes to lane i modulo their number, so that a run repeats exactly;
+    samples come once all are done. replicas: the rollout ranks by name. idle: actors that only wait meanwhile."""
+
+    replicas: Mapping[str, Any]
+    places: Sequence[RolloutRank]
+    idle: Mapping[str, Any]
+    max_length: int
+
+    @property
+    def lanes(self) -> int:
+        """How many sets of requests the ranks work on at once."""
+        return self.places[-1].lane + 1
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        for lane, samples in enumerate(self._ask(requests, lambda actor, own: actor.generate.remote(own))):
+            for sample in samples:
+                yield replace(sample, index=sample.index * self.lanes + lane)
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[TokenScores]:
+        answers = self._ask(sequences, lambda actor, own: actor.score.remote(own))
+        return [answers[i % self.lanes][i // self.lanes] for i in range(len(sequences))]
+
+    def _ask(self, values: Sequence[Any], call: Any) -> list[Any]:
+        """Each lane's answer to `call(actor, its share of the values)`."""
+        calls = {p.name: call(self.replicas[p.name], values[p.lane :: self.lanes]) for p in self.places}
+        answers = wait_all(calls, self.idle)
+        return [answer for place, answer in zip(self.places, answers, strict=True) if place.answers]

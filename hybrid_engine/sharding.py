@@ -19,11 +19,9 @@ from hybrid_engine.layout import expert_layout
 
 @dataclass(frozen=True, slots=True)
 class Meshes:
-    """The ranks as the parameters lie over them.
-
-    dense: (replicate, shard), or (shard) alone. experts: the same for the ranks that hold the same experts, and
-    parallel: the ranks that hold all experts between them; both None without expert parallelism.
-    """
+    """The ranks as the parameters lie over them. dense: (replicate, shard), or (shard) alone. experts: the same for the
+    ranks that hold the same experts, and parallel: the ranks that hold all experts between them; both None without
+    expert parallelism."""
 
     dense: DeviceMesh
     experts: DeviceMesh | None = None
@@ -41,38 +39,29 @@ def make_meshes(train: TrainConfig, device: str) -> Meshes:
     return Meshes(dense, whole[names if layout.replicate > 1 else "shard"], whole["parallel"])
 
 
-def shard_model(
-    model: PreTrainedModel,
-    meshes: Meshes,
-    *,
-    dtype: torch.dtype,
-    activation_checkpointing: bool = False,
-    reshard_after_forward: bool = False,
-) -> None:
+def shard_model(model: PreTrainedModel, meshes: Meshes, train: TrainConfig) -> None:
     """Bring a model into the training layout, in place: one FSDP2 group per decoder layer, one for the rest, and with
     expert parallelism one per layer's experts.
 
-    Parameters, gradients and optimiser states stay float32; with `dtype` bfloat16 forward and backward compute in
-    bfloat16 and gradients are reduced in float32. One rank in float32 stays a plain model; one rank in bfloat16 is
-    "sharded" over itself, so that the precision of every operation is the same for any number of ranks.
-    Without resharding after the forward a layer is gathered once per update instead of twice, for its memory.
-
+    Parameters, gradients and optimiser states stay float32; in bfloat16 forward and backward compute in bfloat16 and
+    gradients are reduced in float32. One rank in float32 stays a plain model; one rank in bfloat16 is "sharded" over
+    itself, so that the precision of every operation is the same for any number of ranks.
+    Without activation checkpointing a layer is gathered once per update instead of twice, for its memory.
     A model on the `meta` device stays there. The forward must go through `model(...)`: FSDP gathers parameters in that
-    call's hooks. Raises ValueError when a parameter is less precise than float32.
-    """
+    call's hooks. Raises ValueError when a parameter is less precise than float32."""
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {parameter.dtype}: load the model with dtype=torch.float32 to train it")
-    if activation_checkpointing:
+    if train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers:
             layer.training = True  # Transformers recomputes in training mode alone; dropout below stays as it is
-    if dtype != torch.bfloat16 and meshes.dense.size() == 1:
-        return
     policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    if train.dtype == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    elif meshes.dense.size() == 1:
+        return
+    options = {"mp_policy": policy, "reshard_after_forward": train.activation_checkpointing}
     if meshes.parallel is not None:
         for experts in expert_modules(model):
             spread_experts(experts, meshes.parallel)
@@ -106,8 +95,7 @@ def last_micro_batch(model: torch.nn.Module, last: bool) -> None:
 
     Ranks then communicate before the first and after the last micro-batch alone: until the last, parameters and
     summed gradients stay unsharded; with activation checkpointing, which is for models that would not fit so, every
-    micro-batch gathers and reduces its own. Every rank must run as many as the others. Nothing on a plain model.
-    """
+    micro-batch gathers and reduces its own. Every rank must run as many as the others. Nothing on a plain model."""
     if isinstance(model, FSDPModule):
         now = last or model.is_gradient_checkpointing
         model.set_requires_gradient_sync(now)
@@ -126,8 +114,7 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     """Scale gradients in place so that their 2-norm over all parameters and ranks is at most `max_norm`.
 
     Returns the norm before clipping, the same on every rank. Sharded gradients are summed over the ranks; replicated
-    and plain ones count once. Raises FloatingPointError when the norm is not finite (nothing is scaled then).
-    """
+    and plain ones count once. Raises FloatingPointError when the norm is not finite (nothing is scaled then)."""
     plain: list[torch.Tensor] = []
     shards: dict[int, list[torch.Tensor]] = {}  # by how many ranks hold the same
     for parameter in parameters:

@@ -1,6 +1,5 @@
 """One training rank: an actor that holds its share of the policy, of the optimiser and of the reference."""
 
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,41 +22,32 @@ from alignment.protocols import Loss, TrainRow
 from alignment.routing import Routing
 from hybrid_engine.checkpoint import Pieces, load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.disk import BLOCK
+from hybrid_engine.hand_over import Meeting, Sender, Sent, Way, join
 from hybrid_engine.loading import load_model
 from hybrid_engine.offload import Offloader, Place, local, spread
 from hybrid_engine.placement import Worker
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
-from hybrid_engine.transport import Meeting, Sender, Sent, Way, join
-from hybrid_engine.weight_sync import Receiver, WeightPacker
+from hybrid_engine.weight_sync import WeightPacker
 from rollout.config import RolloutConfig
 from rollout.types import Handle
 from rollout.vllm.sleep import trim
-from rollout.weights import Parcel
 
 
 class TrainWorker(Worker):
     """In a world of several ranks every rank gets the same calls in the same order."""
 
-    def __init__(self, rank: int, config: TrainConfig, device: str) -> None:
-        self._rank, self._config = rank, config
+    def __init__(self, rank: int, config: TrainConfig, rollout: RolloutConfig, device: str) -> None:
+        self._rank, self._config, self._rollout = rank, config, rollout
         self._device = torch.device(device)
-        self._policy: RankPolicy | None = None
-        self._reference: RankPolicy | None = None
-        self._packer: WeightPacker | None = None
         self._saving: Future[None] | None = None
-        self._packed: tuple[tuple[int, int], dict[Receiver, Parcel]] | None = None
         self._offloader: Offloader | None = None
         self._streamed: list[Place] = []
+        self._packed: tuple[Any, Any] = None, None  # (version, bucket), and its parcels
 
     def join(self, address: tuple[str, int]) -> None:
         """Form the process group."""
-        os.environ |= {
-            "MASTER_ADDR": address[0],
-            "MASTER_PORT": str(address[1]),
-            "RANK": str(self._rank),
-            "WORLD_SIZE": str(self._config.world),
-        }
-        dist.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
+        backend, meet = "nccl" if self._device.type == "cuda" else "gloo", f"tcp://{address[0]}:{address[1]}"
+        dist.init_process_group(backend, meet, rank=self._rank, world_size=self._config.world)
         self._background = dist.new_group(backend="gloo")  # checkpoints are written while training goes on
         self._meshes = make_meshes(self._config, self._device.type)
 
@@ -66,18 +56,11 @@ class TrainWorker(Worker):
         group = join(meeting, len(ways) + self._rank)
         self._sender = Sender(ways, None if self._device.type == "cpu" else self._device, group)
 
-    def load(
-        self,
-        model_dir: Path,
-        tokenizer_dir: Path,
-        stage: StageConfig,
-        rollout: RolloutConfig,
-        reference_dir: Path | None,
-    ) -> int:
+    def load(self, model_dir: Path, tokenizer_dir: Path, stage: StageConfig, reference_dir: Path | None) -> int:
         """Start a stage: weights from `model_dir`, a new optimiser, the frozen reference if the stage needs one.
         Returns the number of buckets of a hand-over, none of a reward model."""
-        self._packer = self._packed = self._reference = self._policy = None
-        self._shares: list[list[str]] = []
+        self._policy = self._reference = self._packer = None  # before the next ones are made: they need the memory
+        self._packed = None, None
         if self._offloader is not None:
             self._offloader.clear()
         self._policy = self._build(model_dir, stage, self._config)
@@ -87,19 +70,15 @@ class TrainWorker(Worker):
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         if isinstance(stage, RewardModelConfig):
             return 0
-        self._packer = WeightPacker(self._policy.model, rollout)
+        self._packer = WeightPacker(self._policy.model, self._rollout)
         return self._packer.buckets
 
     def _build(self, model_dir: Path, config: StageConfig, routing: TrainConfig) -> RankPolicy:
         judges = isinstance(config, RewardModelConfig)
         score_seed = zlib.crc32(config.name.encode()) if judges else None
         model = load_model(model_dir, self._config, self._meshes, self._device, score_seed)
-        optimizer = torch.optim.AdamW(
-            [{"params": group} for group in parameter_groups(model)],
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+        groups = [{"params": group} for group in parameter_groups(model)]
+        optimizer = torch.optim.AdamW(groups, config.learning_rate, config.betas, weight_decay=config.weight_decay)
         return RankPolicy(
             model=model,
             optimizer=optimizer,
@@ -112,8 +91,6 @@ class TrainWorker(Worker):
             step=self._step,
         )
 
-    # -- memory ------------------------------------------------------------------------------------------------
-
     def offload(self, folder: Path | None) -> tuple[int, dict[str, tuple[float, float]]]:
         """Get ready to move tensors, to `folder` too: its free bytes, and as `Offloader.speeds`."""
         self._offloader = Offloader(self._device, folder)
@@ -122,31 +99,28 @@ class TrainWorker(Worker):
 
     def components(self) -> dict[str, tuple[int, int]]:
         """What this rank holds: name -> bytes, pieces. Optimiser states are still to come."""
-        states, parameters = self._loaded.optimizer.state, dict(self._loaded.model.named_parameters())
+        states, parameters = self._policy.optimizer.state, dict(self._policy.model.named_parameters())
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
         def moments(parameter: torch.Tensor) -> list[torch.Tensor]:
             return [value for value in states.get(parameter, {}).values() if value.ndim]
 
-        found = {"parameters": self._component("parameters", parameters, lambda p: [p])}
-        found["gradients"] = sum(_nbytes(p) for p in trained.values()), 1
+        found = {"parameters": self._component("parameters", parameters)}
+        found["gradients"] = sum(local(p.detach()).nbytes for p in trained.values()), 1
         found["optimizer"] = self._component("optimizer", trained, moments, copies=2)
         if self._reference is not None:
-            reference = dict(self._reference.model.named_parameters())
-            found["reference"] = self._component("reference", reference, lambda p: [p])
+            found["reference"] = self._component("reference", dict(self._reference.model.named_parameters()))
         trim()
         return found
 
     def _component(
-        self, name: str, parameters: dict[str, Any], held: Callable[[Any], list[torch.Tensor]], copies: int = 1
+        self, name: str, parameters: dict[str, Any], held: Callable[[Any], Any] = lambda p: [p], copies: int = 1
     ) -> tuple[int, int]:
         pieces = spread({key: parameter.numel() for key, parameter in parameters.items()})  # on all ranks alike
-        sizes = {key: copies * _nbytes(parameter) for key, parameter in parameters.items()}
+        sizes = {key: copies * local(p.detach()).nbytes for key, p in parameters.items()}
         # FSDP pads a shard by less than a row when it is first used; and each tensor has whole blocks.
-        rows = {
-            k: copies * (8 * p.numel() // max(1, min(p.shape[:2], default=1)) + BLOCK) for k, p in parameters.items()
-        }
-        most = max(sum(sizes[key] + rows[key] for key in piece) for piece in pieces)
+        rows = {key: 8 * p.numel() // max(1, min(p.shape[:2], default=1)) + BLOCK for key, p in parameters.items()}
+        most = max(sum(sizes[key] + copies * rows[key] for key in piece) for piece in pieces)
         tensors = [lambda own=piece: [t for key in own for t in held(parameters[key])] for piece in pieces]
         self._offloader.add(name, tensors, most)
         if name == "optimizer":
@@ -165,9 +139,9 @@ class TrainWorker(Worker):
     @property
     def _pieces(self) -> Pieces | None:
         """The optimiser's states as a checkpoint takes them where they may lie elsewhere."""
-        if self._offloader is None:
-            return None
-        return Pieces(self._shares, lambda number, changed: self._offloader.visit("optimizer", number, changed=changed))
+        if self._offloader is not None:
+            return Pieces(self._shares, partial(self._offloader.visit, "optimizer"))
+        return None
 
     def device_memory(self) -> tuple[int, int]:
         """Bytes of this rank's device that were in use at most, by this rank since the last call, and all."""
@@ -177,48 +151,28 @@ class TrainWorker(Worker):
         return whole - free + more, whole
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimiser; states that are streamed visit for theirs piece by piece."""
-        if not self._streamed:
+        """One step of the optimiser, which leaves out parameters that have no gradient: those whose states are streamed
+        wait for theirs, piece by piece."""
+        parameters = dict(self._policy.model.named_parameters())
+        waiting = [name for place in self._streamed for name in self._shares[place.piece]]
+        gradients = {name: parameters[name].grad for name in waiting}
+        for name in waiting:
+            parameters[name].grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for number in self._offloader.stream(self._streamed) if self._streamed else ():
+            for name in self._shares[number]:
+                parameters[name].grad = gradients.pop(name)
             optimizer.step()
-            return
-        numbers = {place.piece for place in self._streamed}
-        whole = [group["params"] for group in optimizer.param_groups]
-        parameters = dict(self._loaded.model.named_parameters())
-        shares = [[parameters[name] for name in share] for share in self._shares]
-        staying = [p for number, share in enumerate(shares) if number not in numbers for p in share]
+            optimizer.zero_grad(set_to_none=True)
 
-        def step(share: Sequence[torch.Tensor]) -> None:
-            chosen = set(map(id, share))
-            for group, parameters in zip(optimizer.param_groups, whole, strict=True):
-                group["params"] = [parameter for parameter in parameters if id(parameter) in chosen]
-            optimizer.step()
-            for parameter in share:
-                parameter.grad = None
-
-        try:
-            step(staying)
-            for number in self._offloader.stream(self._streamed):
-                step(shares[number])
-        finally:
-            for group, parameters in zip(optimizer.param_groups, whole, strict=True):
-                group["params"] = parameters
-
-    @property
-    def _loaded(self) -> RankPolicy:
-        assert self._policy is not None, "load() comes first"
-        return self._policy
-
-    def update(
-        self, rows: Sequence[TrainRow], loss: Loss, learning_rate: float, temperature: float, max_grad_norm: float
-    ) -> UpdateStats:
-        """One optimiser step on the rows of all ranks; `rows` are this rank's."""
-        return self._loaded.update(
-            resolve(rows), loss, learning_rate=learning_rate, temperature=temperature, max_grad_norm=max_grad_norm
-        )
+    def update(self, rows: Sequence[TrainRow], loss: Loss, **how: float) -> UpdateStats:
+        """As `RankPolicy.update`; `rows` are this rank's."""
+        return self._policy.update(resolve(rows), loss, **how)
 
     def logprobs(self, rows: Sequence[TrainRow], temperature: float, reference: bool) -> list[Handle]:
         """A handle to each row's log-probabilities, float32 [tokens]."""
-        policy = self._reference if reference else self._loaded
+        policy = self._reference if reference else self._policy
         assert policy is not None, "the stage was loaded without a reference"
         values = policy.logprobs(resolve(rows), temperature=temperature)
         ref = ray.put(values)
@@ -226,13 +180,12 @@ class TrainWorker(Worker):
 
     def pack(self, version: int, bucket: int) -> None:
         """Pack this rank's part of a bucket, to be published next."""
-        assert self._packer is not None, "load() comes first"
         room = self._sender.room(self._packer.nbytes)
         self._packed = (version, bucket), self._packer.pack(version, bucket, room)
 
     def publish(self, version: int, bucket: int) -> list[Sent]:
         """Offer a bucket, packed ahead or now: the next one can be packed meanwhile, none after it."""
-        if self._packed is None or self._packed[0] != (version, bucket):
+        if self._packed[0] != (version, bucket):
             self.pack(version, bucket)
         return self._sender.publish(self._packed[1])
 
@@ -241,41 +194,33 @@ class TrainWorker(Worker):
         self._sender.send()
 
     def canary(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
-        """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V].
-
-        On one thread: the engines compute theirs at the same time, and a second one would take turns with them.
-        """
+        """The trainer's own log-probabilities of each prompt's next token: float32 [prompts, V]. On one thread: the
+        engines compute theirs at the same time, and a second one would take turns with them."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return self._loaded.next_token_logprobs(prompts)
+            return self._policy.next_token_logprobs(prompts)
         finally:
             torch.set_num_threads(threads)
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         """Begin to write all that a resumed stage needs, once the one before is written; `extra` is the driver's."""
         self.finish_checkpoint()
-        what = self._loaded.model, self._loaded.optimizer, extra, self._background, self._pieces
+        what = self._policy.model, self._policy.optimizer, extra, self._background, self._pieces
         self._saving = save_checkpoint(path, *what)
 
     def finish_checkpoint(self) -> None:
         """Wait until the last checkpoint is written."""
         if self._saving is not None:
             self._saving.result()
-            self._saving = None
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Restore a checkpoint of this stage; the driver's `extra`."""
-        return load_checkpoint(path, self._loaded.model, self._loaded.optimizer, self._pieces)
+        return load_checkpoint(path, self._policy.model, self._policy.optimizer, self._pieces)
 
     def save_final(self, path: Path) -> None:
         """Write the weights as a Transformers directory."""
-        save_final(path, self._loaded.model, self._tokenizer)
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    """Bytes of this rank's part."""
-    return local(tensor.detach()).nbytes
+        save_final(path, self._policy.model, self._tokenizer)
 
 
 def resolve(rows: Sequence[TrainRow]) -> list[TrainRow]:
@@ -287,8 +232,7 @@ def resolve(rows: Sequence[TrainRow]) -> list[TrainRow]:
     def fetch(handle: Handle | None) -> Any:
         if handle is None:
             return None
-        held = found[handle.ref] if isinstance(handle.ref, ray.ObjectRef) else handle.ref
-        return held[handle.index]
+        return (found[handle.ref] if isinstance(handle.ref, ray.ObjectRef) else handle.ref)[handle.index]
 
     fetched = ((row, *map(fetch, (row.trajectory, row.old_logprobs, row.reference_logprobs))) for row in rows)
     return [replace(row, trajectory=own, old_logprobs=old, reference_logprobs=ref) for row, own, old, ref in fetched]

@@ -59,8 +59,8 @@ class Trajectory:
     routes: np.ndarray | None = None
 
 
-class Trajectories(tuple[Trajectory, ...]):
-    """Many trajectories, pickled into one value: between processes each array costs more than its bytes."""
+class Packed(tuple[Any, ...]):
+    """Many values, pickled into one: between processes each array costs more than its bytes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pickle.loads, (pickle.dumps(tuple(self), protocol=5),)

@@ -8,9 +8,9 @@ import time
 
 import ray
 
+from hybrid_engine.hand_over import Sent
 from hybrid_engine.rollout_worker import RolloutWorker
 from hybrid_engine.train_worker import TrainWorker
-from hybrid_engine.transport import Sent
 from rollout.weights import Parcel, Piece, WeightManifest, digest
 
 

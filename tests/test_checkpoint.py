@@ -30,7 +30,8 @@ class Run:
     def __init__(self, family: str = "deepseek-v2", seed: int = 0) -> None:
         self.model = tiny_model(family, seed).train()
         if dist.get_world_size() > 1:
-            shard_model(self.model, make_meshes(TrainConfig(shard=dist.get_world_size()), "cpu"), dtype=torch.float32)
+            train = TrainConfig(shard=dist.get_world_size())
+            shard_model(self.model, make_meshes(train, "cpu"), train)
         groups = [{"params": group} for group in parameter_groups(self.model)]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3 * (seed + 1), weight_decay=0.1)
 

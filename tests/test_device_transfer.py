@@ -17,12 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from alignment.config import TrainConfig
 from hybrid_engine import hand_over as hand_over_module
-from hybrid_engine import transport
-from hybrid_engine.hand_over import connect, hand_over
+from hybrid_engine.hand_over import Sender, connect, hand_over, way
 from hybrid_engine.layout import rollout_ranks
 from hybrid_engine.rollout_worker import RolloutWorker
 from hybrid_engine.train_worker import TrainWorker
-from hybrid_engine.transport import Sender, way
 from rollout.config import RolloutConfig
 from rollout.weights import HandoverError, Parcel, Piece, WeightManifest, device_digests, whole_tensors
 
@@ -55,9 +53,11 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         store[number := next(numbers)] = value.copy()
         return number
 
-    monkeypatch.setattr(transport, "reduce_tensor", export)
-    monkeypatch.setattr(transport, "opened", opened)
-    monkeypatch.setattr(transport, "ray", SimpleNamespace(put=put, get=lambda refs: [store[ref] for ref in refs]))
+    monkeypatch.setattr(hand_over_module, "reduce_tensor", export)
+    monkeypatch.setattr(hand_over_module, "opened", opened)
+    monkeypatch.setattr(
+        hand_over_module, "ray", SimpleNamespace(put=put, get=lambda refs: [store[ref] for ref in refs])
+    )
     return SimpleNamespace(handles=handles, store=store)
 
 
@@ -155,7 +155,7 @@ def world(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, A
     engines = [Rollout(place.rank, number, net.member(number)) for number, place in enumerate(places)]
     training = {}
     for rank in range(2):
-        worker = Trainer(rank, TrainConfig(shard=2), "cpu")
+        worker = Trainer(rank, TrainConfig(shard=2), LAYOUT, "cpu")
         worker._packer = Packer(rank)
         pairs = [(place.rank, how) for place, how in zip(places, ways, strict=True)]
         worker._sender = Sender(pairs, CPU, net.member(len(places) + rank))

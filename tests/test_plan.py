@@ -91,8 +91,8 @@ def test_counts_are_those_of_the_model(family: str):
 def on_two_ranks(folder: Path) -> None:
     found = []
     for layout in LAYOUTS:
-        model = tiny_model("deepseek-v2")
-        shard_model(model, make_meshes(TrainConfig(**layout), "cpu"), dtype=torch.float32)
+        model, train = tiny_model("deepseek-v2"), TrainConfig(**layout)
+        shard_model(model, make_meshes(train, "cpu"), train)
         found.append(sum(p.to_local().numel() for p in model.parameters()))
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")

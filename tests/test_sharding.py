@@ -86,19 +86,19 @@ def logits_after_change(model: torch.nn.Module, action: Callable[[torch.nn.Modul
         return model(input_ids=ids, use_cache=False).logits.clone()
 
 
-def sharded(dtype: torch.dtype = torch.float32, **options: bool) -> torch.nn.Module:
-    model = tiny_model("deepseek-v2")
-    shard_model(model.eval(), make_meshes(TrainConfig(shard=dist.get_world_size()), "cpu"), dtype=dtype, **options)
+def sharded(**settings: bool | str) -> torch.nn.Module:
+    model, layout = tiny_model("deepseek-v2"), TrainConfig(shard=dist.get_world_size(), **settings)
+    shard_model(model.eval(), make_meshes(layout, "cpu"), layout)
     return model
 
 
 def on_two_ranks(folder: Path) -> None:
     share = slice(dist.get_rank(), None, 2)
     found: dict[str, object] = {"float32": train(sharded(), share)}
-    found["checkpointed"] = train(sharded(activation_checkpointing=True, reshard_after_forward=True), share)
-    found["bfloat16"] = train(sharded(torch.bfloat16), share)
+    found["checkpointed"] = train(sharded(activation_checkpointing=True), share)
+    found["bfloat16"] = train(sharded(dtype="bfloat16"), share)
     found["collectives"] = collectives(sharded())
-    found["saving"] = collectives(sharded(activation_checkpointing=True, reshard_after_forward=True))
+    found["saving"] = collectives(sharded(activation_checkpointing=True))
     found["stale"] = logits_after_change(sharded(), lambda model: None)
     found["resharded"] = logits_after_change(sharded(), reshard)
     model = sharded()
@@ -181,7 +181,7 @@ def test_one_rank_in_float32_stays_a_plain_model(plain: dict, one_rank: None):
 
 
 def test_bfloat16_computes_alike_on_one_and_two_ranks(two_ranks: dict, plain: dict, one_rank: None):
-    found = train(sharded(torch.bfloat16), slice(None))
+    found = train(sharded(dtype="bfloat16"), slice(None))
     assert gradient_error(found, plain) > 1e-4, "this is not bfloat16"
     assert gradient_error(two_ranks["bfloat16"], found) < 1e-6
     assert two_ranks["bfloat16"]["norms"][0] == pytest.approx(found["norms"][0], rel=1e-6)
@@ -244,4 +244,4 @@ def test_a_gradient_that_is_not_finite_is_an_error():
 
 def test_wrong_dtypes_are_refused(one_rank: None):
     with pytest.raises(ValueError, match=r"dtype=torch\.float32"):
-        shard_model(tiny_model("llama").bfloat16(), make_meshes(TrainConfig(), "cpu"), dtype=torch.bfloat16)
+        shard_model(tiny_model("llama").bfloat16(), make_meshes(TrainConfig(), "cpu"), TrainConfig(dtype="bfloat16"))

@@ -45,8 +45,8 @@ CONTINUED = [(1, 4, 1), (1, 4, 2), (2, 2, 4)]
 """Layouts whose checkpoints the others load."""
 
 
-def layout(shape: tuple[int, int, int]) -> TrainConfig:
-    return TrainConfig(replicate=shape[0], shard=shape[1], expert=shape[2])
+def layout(shape: tuple[int, int, int], **settings: bool) -> TrainConfig:
+    return TrainConfig(replicate=shape[0], shard=shape[1], expert=shape[2], **settings)
 
 
 def model_in(family: str, precision: str) -> PreTrainedModel:
@@ -93,9 +93,9 @@ def steps(model: PreTrainedModel, optimizer: torch.optim.AdamW, numbers: range) 
     return metrics
 
 
-def laid_out(family: str, shape: tuple[int, int, int], precision: str = "float32", **options: bool) -> PreTrainedModel:
-    model = model_in(family, precision)
-    shard_model(model, make_meshes(layout(shape), "cpu"), dtype=PRECISE[precision][1], **options)
+def laid_out(family: str, shape: tuple[int, int, int], precision: str = "float32", **settings: bool) -> PreTrainedModel:
+    model, train = model_in(family, precision), layout(shape, **settings)
+    shard_model(model, make_meshes(train, "cpu"), train)
     return model
 
 
@@ -106,8 +106,8 @@ def on_ranks(folder: Path, cells: list[tuple[str, tuple[int, int, int]]]) -> Non
         if shape[0] * shape[1] != world:
             continue
         for precision in PRECISE:
-            recompute = {"activation_checkpointing": True, "reshard_after_forward": True} if shape[2] > 1 else {}
-            found[family, shape, precision] = gradients(laid_out(family, shape, precision, **recompute), share)
+            model = laid_out(family, shape, precision, activation_checkpointing=shape[2] > 1)
+            found[family, shape, precision] = gradients(model, share)
         loaded = load_model(folder / family, layout(shape), make_meshes(layout(shape), "cpu"), torch.device("cpu"))
         held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in loaded.parameters())
         weights = {name: full(tensor) for name, tensor in loaded.state_dict().items()}

@@ -12,8 +12,7 @@ from ranks import CONFIGS, tiny_model
 from safetensors.torch import load_file
 
 from hybrid_engine import weight_sync
-from hybrid_engine.views import checkpoint_views
-from hybrid_engine.weight_sync import ALIGNMENT, WeightPacker
+from hybrid_engine.weight_sync import ALIGNMENT, WeightPacker, checkpoint_views
 from rollout.config import RolloutConfig
 from rollout.weights import TORCH_DTYPES, Parcel
 
@@ -113,7 +112,7 @@ def test_a_conversion_that_joins_tensors_is_refused(monkeypatch: pytest.MonkeyPa
         first, second, *_ = tensors.values()
         return {"joined": torch.cat([first.flatten(), second.flatten()])}
 
-    monkeypatch.setattr("hybrid_engine.views.revert_weight_conversion", join)
+    monkeypatch.setattr("hybrid_engine.weight_sync.revert_weight_conversion", join)
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="LlamaForCausalLM: checkpoint tensor joined"):
         checkpoint_views(model, model.state_dict())

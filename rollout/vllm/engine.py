@@ -24,15 +24,14 @@ from rollout.vllm.environment import environment, installed
 from rollout.vllm.sleep import Sleep
 from rollout.weights import Parcel
 
-ONE_GREEDY_TOKEN = {"max_tokens": 1, "temperature": 0.0, "flat_logprobs": True, "detokenize": False,
-                    "output_kind": RequestOutputKind.FINAL_ONLY}  # fmt: skip
+ALIKE = {"flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}  # of all requests
 
 
 class VllmEngine:
-    """One vLLM engine, or a rank of one. `model_dir`: a Transformers directory; with `dummy`, its weights are not read.
-
+    """One vLLM engine, or a rank of one. model_dir: a Transformers directory; with `dummy`, its weights are not read.
     seed: of requests without a seed of their own. routes: the experts of every token are needed, not only welcome.
     sleeps: `give_up` and `hold` will be called.
+
     Where `config.world` is above 1, every rank makes the same calls at the same time: the ranks of a tensor-parallel
     group with the same requests, `config.data` such groups with requests of their own (or none).
     Raises ValueError for a configuration that this vLLM cannot run, RuntimeError where the process was not
@@ -140,23 +139,23 @@ class VllmEngine:
                     f"sequence {index} has {len(sequence)} tokens; it must have at least one, and at most"
                     f" {self.max_length} (rollout.max_length)"
                 )
-        params = SamplingParams(prompt_logprobs=0, **ONE_GREEDY_TOKEN)
-        scores: list[TokenScores | None] = [None] * len(sequences)
-        for index, output in chain.from_iterable(self._run(sequences, [params] * len(sequences))):
+        scores = {}
+        for index, output in self._read(sequences, prompt_logprobs=0):
             flat = output.prompt_logprobs
             logprobs = np.array([np.nan, *flat.logprobs], np.float32)
             scores[index] = TokenScores(logprobs, np.array([False, *(rank == 1 for rank in flat.ranks)]))
-        return scores
+        return [scores[index] for index in range(len(sequences))]
 
     def canary(self, prompts: Sequence[np.ndarray], top: int) -> list[dict[int, float]]:
         """For each prompt, token id -> log-probability at temperature 1 of its `top` likeliest next tokens. One greedy
         step over the batch, and it reads the prefix cache, so that stale prefixes show too."""
-        params = SamplingParams(logprobs=top, **ONE_GREEDY_TOKEN)
-        tops: list[dict[int, float]] = [{} for _ in prompts]
-        for index, output in chain.from_iterable(self._run(prompts, [params] * len(prompts))):
-            flat = output.outputs[0].logprobs
-            tops[index] = dict(zip(flat.token_ids, flat.logprobs, strict=True))
-        return tops
+        flat = {index: output.outputs[0].logprobs for index, output in self._read(prompts, logprobs=top)}
+        return [dict(zip(flat[i].token_ids, flat[i].logprobs, strict=True)) for i in range(len(prompts))]
+
+    def _read(self, sequences: Sequence[np.ndarray], **asked: int) -> Iterator[tuple[int, RequestOutput]]:
+        """Have each sequence read, and one greedy token generated; what was `asked` of it, with its index."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **asked, **ALIKE)
+        return chain.from_iterable(self._run(sequences, [params] * len(sequences)))
 
     def update_weights(self, parcels: Sequence[Parcel], *, first: bool = True, last: bool = True) -> None:
         """Take over the checkpoint-named tensors of one bucket, in place; several make a hand-over, from the `first` to
@@ -182,7 +181,6 @@ class VllmEngine:
         self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams], *, record: bool = False
     ) -> Iterator[list[tuple[int, RequestOutput]]]:
         """Add every request, then step; yield what finished at each step, with its index. Closing aborts the rest.
-
         record: the experts of these requests' tokens will be asked for."""
         if self._version is None:
             raise RuntimeError("this engine holds no weights: it was started without, or its last hand-over failed")
@@ -224,10 +222,9 @@ class VllmEngine:
             stop=list(request.stop) or None,
             ignore_eos=request.ignore_eos,
             logprobs=0 if request.logprobs else None,
-            flat_logprobs=True,
             detokenize=bool(request.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
+            **ALIKE,
         )
 
     def _trajectory(self, index: int, output: RequestOutput, version: int, record: bool) -> Trajectory:

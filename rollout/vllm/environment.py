@@ -1,8 +1,7 @@
 """Which vLLM is installed, and the environment it needs. Imports neither vLLM nor torch.
 
 vLLM and torch read these variables when they are imported, so a process must start with them
-(on Ray: in the actor's `runtime_env`); `VllmEngine` refuses to start where they are missing.
-"""
+(on Ray: in the actor's `runtime_env`); `VllmEngine` refuses to start where they are missing."""
 
 import os
 from dataclasses import dataclass
@@ -40,10 +39,9 @@ def installed() -> Installed:
 
 
 def environment(config: RolloutConfig, rank: int = 0) -> dict[str, str]:
-    """Environment variables of a process that will hold a `VllmEngine`; they must be there before it starts.
-
-    rank: of an engine with several; its ranks also need MASTER_ADDR and MASTER_PORT, where they meet. Raises ValueError
-    for a layout that vLLM's CPU build cannot have."""
+    """Environment variables of a process that will hold a `VllmEngine`; they must be there before it starts. rank: of
+    an engine with several; its ranks also need MASTER_ADDR and MASTER_PORT, where they meet. Raises ValueError for a
+    layout that vLLM's CPU build cannot have."""
     found = installed()
     if found.device == "cpu" and config.world > 1 and found.version < (0, 32):
         raise ValueError("rollout.tensor, data and expert need vLLM 0.32 on the CPU: use `replicas`")
@@ -59,8 +57,7 @@ def environment(config: RolloutConfig, rank: int = 0) -> dict[str, str]:
         # The sampler's helpers are compiled even where the model is not: 16 s at the first generation (0.32).
         variables["TORCHDYNAMO_DISABLE"] = "1"
     if config.world > 1:
-        # On CUDA a process sees its own device only.
-        local = rank if found.device == "cpu" else 0
+        local = rank if found.device == "cpu" else 0  # on CUDA a process sees its own device only
         variables |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(config.world)}
     if found.device == "cpu":
         # OMP_NUM_THREADS decides; automatic pinning would put two engines on the same cores.

@@ -17,8 +17,7 @@ On every device (seen on 0.32):
 - Cached prefixes survive a reload, 3.4 nats off: `forget_prefixes`.
 - A reload that lacks a tensor warns at most, and leaves what was in memory in its place: `uncovered`.
 - With stop strings, a prompt that ends inside a character leaks into the completion's text: `cut_at_stop`.
-Not a fault: 0.25 (read) has no MLA on the CPU, and `engine_options` says so; 0.28's fails to import.
-"""
+Not a fault: 0.25 (read) has no MLA on the CPU, and `engine_options` says so; 0.28's fails to import."""
 
 import logging
 import os
@@ -145,9 +144,8 @@ def cut_at_stop(index: int, output: RequestOutput, text: str, stops: tuple[str, 
 
 
 def uncovered(model: torch.nn.Module, loaded: set[str]) -> list[str]:
-    """Parameters that a layer-wise reload has not filled, asked before it is finished.
-
-    loaded: the names that `load_weights` returned.
+    """Parameters that a layer-wise reload has not filled, asked before it is finished. loaded: the names that
+    `load_weights` returned.
 
     vLLM counts the elements copied into each layer and takes its record away once they are all there, so a layer
     that still has one is incomplete: unless only buffers or a vocabulary's padding are left, which no checkpoint

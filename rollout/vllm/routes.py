@@ -11,10 +11,9 @@ UNKNOWN = -1  # in place of the experts of a token that no forward pass was seen
 
 
 class RouteRecorder:
-    """Listens to the routers of a model runner in this process; one record for all requests that run at once.
-
-    runner: vLLM's, with the model loaded. block: tokens of one block of the prefix cache; tokens of a prompt that came
-    from the cache have the experts of the request that computed them."""
+    """Listens to the routers of a model runner in this process; one record for all requests that run at once. runner:
+    vLLM's, with the model loaded. block: tokens of one block of the prefix cache; tokens of a prompt that came from the
+    cache have the experts of the request that computed them."""
 
     def __init__(self, runner: Any, block: int) -> None:
         self._runner, self._block = runner, block

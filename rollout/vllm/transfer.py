@@ -35,9 +35,7 @@ class ParcelEngine(WeightTransferEngine[WeightTransferInitInfo, ParcelUpdate]):
 
     def start_weight_update(self) -> None:
         """Make every layer ready to be filled anew."""
-        self._loaded: set[str] = set()
-        self._arrived: set[str] = set()
-        self._versions: set[int] = set()
+        self._loaded, self._arrived, self._versions = set[str](), set[str](), set[int]()
         if self.device.type == "cpu":
             faults.repack_experts(self.model)
         with set_current_vllm_config(self.vllm_config):

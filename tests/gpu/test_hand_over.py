@@ -14,9 +14,8 @@ from engine_host import EngineHost
 from test_engine import begin, config, run_steps, start
 from test_vllm_handover import canary, generate
 
-from hybrid_engine.hand_over import CANARY_LIMIT, canary_prompts
+from hybrid_engine.hand_over import CANARY_LIMIT, Sender, Sent, canary_prompts, received
 from hybrid_engine.rollout_worker import CANARY_TOP
-from hybrid_engine.transport import Sender, Sent, received
 from hybrid_engine.weight_sync import WeightPacker
 from rollout.config import RolloutConfig
 from rollout.sampler import Request
