@@ -19,7 +19,8 @@ ONE = cluster("1x1xH200-141GB+128GiB")
 
 
 def test_a_recipe_without_memory_is_judged_by_what_lies_there_when_nothing_moves():
-    still = replace(cluster(H100), tiers=cluster(H100).tiers[:1], moves=False)
+    still = cluster("1x8xH200-141GB")
+    still = replace(still, tiers=still.tiers[:1], moves=False)
     works = [replace(WORK, reference=True), Work(groups=32, rows=1, prompt=0, new=2048, longest=2048)]
     for work in works:  # GRPO; SFT, in which the engine lies idle
         given = prospect(LITE, TRAIN.model_copy(update={"shard": 8, "expert": 8}), ROLLOUT, still, work).solved()
