@@ -165,7 +165,7 @@ def test_a_run_within_a_budget_too_small_for_all_has_the_same_metrics(budgeted, 
     exact(cache + weights)  # nothing else beside the engine
     found = run_steps(engine, config(kl=0.02, updates_per_batch=2))
     assert same(found, unlimited)
-    assert any(f"parameters, {model / 1024:.2f} GiB to disk" in line for line in said[0].splitlines()), said[0]
+    assert any(f"parameters, host -> disk: {model / 1024:.2f} GiB" in line for line in said[0].splitlines()), said[0]
     assert not list(disk.iterdir())
     engine.save_checkpoint(tmp_path / "step-3", {"step": 3})
     engine.finish_checkpoint()
