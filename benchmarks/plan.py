@@ -102,7 +102,7 @@ def published(*_: object) -> None:
         parts = {phase: sum(seconds.values()) for phase, seconds in each.seconds.items()}
         total = sum(parts.values())
         text = ", ".join(f"{name} {seconds:,.0f}" for name, seconds in parts.items())
-        rest = total - parts["hand-over"]
+        rest = total - parts["handover"]
         cells = [run.name, run.gpus, f"{run.seconds:g}", f"{total:,.0f}", f"{total / run.seconds:.2f}"]
         print("|", " | ".join(map(str, [*cells, f"{rest:,.0f}", f"{rest / run.seconds:.2f}", text])), "|")
 

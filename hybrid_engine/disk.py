@@ -29,9 +29,8 @@ class File:
             if self.fd >= 0:
                 os.close(self.fd)
             free = f", {shutil.disk_usage(folder).free / 2**30:.2f} GiB are free" if folder.is_dir() else ""
-            raise DiskError(
-                error.errno, f"memory.disk: {folder}: {error.strerror}; {size / 2**30:.2f} GiB are needed{free}"
-            ) from error
+            text = f"memory.disk: {folder}: {error.strerror}; {size / 2**30:.2f} GiB are needed{free}"
+            raise DiskError(error.errno, text) from error
 
     def write(self, page: torch.Tensor, offset: int) -> None:
         """Write a page, or the first blocks of one."""

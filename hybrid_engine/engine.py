@@ -129,7 +129,7 @@ class HybridEngine:
 
     def save_final(self, path: Path) -> None:
         """Write the policy as a Transformers directory."""
-        self._move(lambda memory: memory.only(("parameters",), "checkpoint"))
+        self._move(lambda memory: memory.bring("checkpoint", ("parameters",)))
         self._call_ranks(lambda rank: rank.save_final.remote(path))
 
     # -- what a step asks for ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from alignment.config import TrainConfig
 from alignment.logprobs import LOGITS_PER_CHUNK
 from hybrid_engine.layout import expert_layout
+from hybrid_engine.offload import spread
 from rollout.config import RolloutConfig, routed_experts
 
 SIZE = {"float32": 4, "bfloat16": 2}
@@ -38,7 +39,8 @@ class Model:
     """What the arithmetic needs of a causal language model. values: its configuration's. groups: the parameters of each
     FSDP group (what is outside the decoder layers, then layers) -> how many are alike. moe_layers: layers with routed
     experts, `experts` each, of which a token gets `chosen`. dense, routed: parameters outside the routed experts and in
-    them; active: of these, what a token is multiplied with. heads: query, key-value heads; sizes of a key, a value."""
+    them; active: of these, what a token is multiplied with. heads: query, key-value heads; sizes of a key, a value.
+    pieces: in which a run moves them."""
 
     values: Mapping[str, Any]
     groups: Mapping[tuple[Weight, ...], int]
@@ -50,6 +52,7 @@ class Model:
     routed: int
     active: tuple[float, float]
     heads: tuple[int, int, int, int]
+    pieces: int
 
 
 def model_of(config: PreTrainedConfig) -> Model:
@@ -74,7 +77,8 @@ def model_of(config: PreTrainedConfig) -> Model:
     lookup = 0 if model.all_tied_weights_keys else model.get_input_embeddings().weight.numel()
     active = dense - lookup, routed * chosen / max(1, experts)
     moe_layers = sum(alike for group, alike in weights.items() if any(w.expert for w in group))
-    return Model(v, weights, len(groups) - 1, moe_layers, experts, chosen, dense, routed, active, shape)
+    pieces = len(spread({name: p.numel() for name, p in model.named_parameters()}))
+    return Model(v, weights, len(groups) - 1, moe_layers, experts, chosen, dense, routed, active, shape, pieces)
 
 
 def sharded(model: Model, train: TrainConfig) -> int:

@@ -124,7 +124,7 @@ def step_seconds(
 
     found: dict[str, Parts] = {}
     if work.samples:
-        found["hand-over"] = hand_over(model, rollout, cluster)
+        found["handover"] = hand_over(model, rollout, cluster)
         found["generate"] = generation(model, rollout, cluster, work, cache)
     if work.judges:  # they score every sequence in float32, one device of a host after the other
         flops = len(work.judges) * 2 * sum(model.active) * work.groups * work.rows * (work.prompt + work.new)
@@ -133,7 +133,7 @@ def step_seconds(
         found["reference"] = updates(1, 0)
     if work.trains:
         counted = bool(train.balance) and model.experts > 0  # a forward pass finds the experts' load first
-        found["train"] = updates(1 + train.activation_checkpointing + work.forwards + counted, 1)
+        passed = updates(1 + train.activation_checkpointing + work.forwards + counted, 1)
         moved = 28 * sharded(model, train) * (train.world if cluster.on_cpu else 1)  # AdamW: 4 numbers in, 3 out
-        found["step"] = {"memory": work.updates * moved / (cluster.bandwidth * ASSUMED["bandwidth"])}
+        found["train"] = {**passed, "optimizer": work.updates * moved / (cluster.bandwidth * ASSUMED["bandwidth"])}
     return found

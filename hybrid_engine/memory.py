@@ -96,16 +96,15 @@ class Memory:
         """The ranks hold the stage's models. config: the policy's."""
         if not self.on:
             return
-        add, sizes = self.residency.add, self._each(lambda rank: rank.components.remote())
+        held, sizes = self.residency, self._each(lambda rank: rank.components.remote())
         for name, (_, pieces) in sizes[0].items():
-            nbytes, moves = self._all([size[name][0] for size in sizes]), name in TRAINER
-            there = moves and name != "optimizer"  # its states come to be in the first step
-            add(name, nbytes, pieces, moves=moves, here=there, streamed=name == "optimizer")
+            here = name in ("parameters", "reference")  # the optimiser's states come to be in the first step
+            held.add(name, self._all([size[name][0] for size in sizes]), pieces, moves=name in TRAINER, here=here)
         for phase, nbytes in predicted_work(stage, train, rollout, model_of(config), not self._cuda).items():
-            add(f"work in {phase}", nbytes, moves=False, here=False, phases=(phase,), remade=0.0)
-        self.residency.cycle = ["handover", "generate"] * isinstance(stage, RolloutStageConfig)
-        self.residency.cycle += ["reference"] * ("reference" in sizes[0])
-        self.residency.cycle += ["train"] * isinstance(stage, GRPOConfig | DatasetStageConfig)
+            held.add(f"work in {phase}", nbytes, moves=False, here=False, phases=(phase,), remade=0.0)
+        held.cycle = ["handover", "generate"] * isinstance(stage, RolloutStageConfig)
+        held.cycle += ["reference"] * ("reference" in sizes[0])
+        held.cycle += ["train"] * isinstance(stage, GRPOConfig | DatasetStageConfig)
 
     def judge(self, label: str, judge: ModelReward) -> None:
         """A reward model of the stage, not loaded yet: it is read from its own files whenever it was given up."""
@@ -128,28 +127,23 @@ class Memory:
         if self._phase == "handover":
             self.left("handover")
             self._store = 0  # the next stage's baseline has it
-        return self._bring(phase, lambda: self.residency.enter(phase))
-
-    def only(self, names: Sequence[str], phase: str) -> bool:
-        """As `Residency.only`, now; as `enter` says."""
-        return self._bring(phase, lambda: self.residency.only(names, phase))
+        return self.bring(phase)
 
     def checkpoint(self, *, changed: bool = False) -> bool:
         """Parameters, and where there is room the optimiser's states; else a piece of these at a time can come."""
-        names = "parameters", "optimizer"
         try:
-            return self._bring("checkpoint", lambda: self.residency.only(names, "checkpoint", changed))
+            return self.bring("checkpoint", ("parameters", "optimizer"), changed=changed)
         except ResidencyError:
-            visiting = lambda: self.residency.only(names[:1], "checkpoint", changed, visiting="optimizer")  # noqa: E731
-            return self._bring("checkpoint", visiting)
+            return self.bring("checkpoint", ("parameters",), changed=changed, visiting="optimizer")
 
-    def _bring(self, phase: str, rounds: Callable[[], Sequence[Sequence[Place]]]) -> bool:
+    def bring(self, phase: str, names: Sequence[str] | None = None, **how: Any) -> bool:
+        """As `Residency.enter`, or for `names` as `Residency.only`, carried out. What it returns is as of `enter`."""
+        held = self.residency
         if not self._started:  # what is in use beyond what can move is the processes' own
-            own = self._used() - self.residency.resident()
-            self.residency.add("baseline", int(SPARE * max(0, own)), moves=False, phases=PHASES)
-            self.residency.add("object store", self._store, moves=False, phases=PHASES)
+            held.add("baseline", int(SPARE * max(0, self._used() - held.resident())), moves=False, phases=PHASES)
+            held.add("object store", self._store, moves=False, phases=PHASES)
             self._started = True
-        lost = self._tell(rounds())
+        lost = self._tell(held.enter(phase) if names is None else held.only(names, phase, **how))
         if self._watch is not None:
             self._note("memory/measured", self._watch.take())
         self._phase, self._entered = phase, time.perf_counter()
@@ -211,18 +205,17 @@ class Watch:
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
-        begun = ended = 0.0
-        while not self.ended.wait(max(LOOK, 9 * (ended - begun))):  # it costs no more than a tenth of a core
+        spent = 0.0
+        while not self.ended.wait(max(LOOK, 9 * spent)):  # it costs no more than a tenth of a core
             begun = time.perf_counter()
-            used = used_by_processes()
-            ended = time.perf_counter()
             with self._lock:
-                self._peak = max(self._peak, used)
+                self._peak = max(self._peak, used_by_processes())
+            spent = time.perf_counter() - begun
 
     def take(self) -> int:
         """The peak since the last call, in bytes."""
-        used = used_by_processes()
         with self._lock:
+            used = used_by_processes()
             peak, self._peak = max(self._peak, used), used
         return peak
 

@@ -246,13 +246,9 @@ def _bytes(part: Part) -> torch.Tensor:
 def spread(sizes: Mapping[Any, int], most: int = 32) -> list[list[Any]]:
     """The keys in at most `most` pieces of about equal bytes, none of them empty."""
     largest = max(sizes.values(), default=0)
-    count = max(1, min(most, sum(sizes.values()) // max(1, largest)))
-    pieces: list[list[Any]] = [[] for _ in range(count)]
-    totals = [0] * count
+    pieces: list[list[Any]] = [[] for _ in range(max(1, min(most, sum(sizes.values()) // max(1, largest))))]
     for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        least = totals.index(min(totals))
-        pieces[least].append(key)
-        totals[least] += sizes[key]
+        min(pieces, key=lambda piece: sum(map(sizes.__getitem__, piece))).append(key)
     return pieces
 
 

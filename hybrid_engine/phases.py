@@ -1,13 +1,13 @@
 """Which phase needs what, and how the scheduler's answer is followed, piece by piece. Pure arithmetic."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hybrid_engine.offload import Place
-from hybrid_engine.residency import Component, Move, Phase, ResidencyError, Schedule, Tier, best_schedule
+from hybrid_engine.residency import GIB, Component, Move, ResidencyError, Schedule, Tier, best_schedule
 
-GIB = 2**30
 NEEDED = {
     "parameters": ("handover", "train"),
     "optimizer": ("train",),
@@ -18,7 +18,6 @@ NEEDED = {
 }
 """Component -> the phases that work on it; a reward model's is `score`. "handover" is the engine's own, before
 "generate"."""
-CHANGED = {"parameters": ("train",), "optimizer": ("train",), "gradients": ("train",), "weights": ("handover",)}
 REMADE = {"gradients": "train", "weights": "handover", "KV cache": "generate"}
 """Component -> the phase that writes it from scratch: before it, it need not be anywhere."""
 LATE, SHORT, SLACK = 0.25, 0.1, 0.02
@@ -37,6 +36,17 @@ class Budget:
     host: int | None
     disk: Path | None
     say: Callable[[str], None]
+
+
+def component(
+    name: str, nbytes: int, pieces: int = 1, phases: Iterable[str] = (), remade: float | None = None
+) -> Component:
+    """As a run treats it: an update changes all that it works on, and what can be made again is never copied. phases,
+    remade (seconds, before each of them): where the tables above do not say it."""
+    needed = frozenset(phases or NEEDED[name])
+    again = {REMADE[name]: 0.0} if name in REMADE else dict.fromkeys(needed if remade is not None else (), remade)
+    streamed = needed if name == "optimizer" else frozenset()
+    return Component(name, nbytes, needed, needed & {"train"}, again, pieces, streamed, not (phases or again))
 
 
 @dataclass(slots=True)
@@ -70,16 +80,11 @@ class Residency:
         self._schedule: Schedule | None = None
 
     def add(
-        self, name: str, nbytes: int, pieces: int = 1, *, here: bool = True, moves: bool = True,
-        phases: Sequence[str] = (), streamed: bool = False, remade: float | None = None,
-    ) -> None:  # fmt: skip
-        """A component. here: it lies in the top tier now. phases, remade (seconds, before each of them): where the
-        tables above do not say it."""
-        needed = frozenset(phases or NEEDED[name])
-        again = {REMADE[name]: 0.0} if name in REMADE else dict.fromkeys(needed if remade is not None else (), remade)
-        changed, copied = frozenset(CHANGED.get(name, ())), moves and not again
-        component = Component(name, nbytes, needed, changed, again, pieces, needed if streamed else frozenset(), copied)
-        self._held[name] = Held(component, [self._top if here else frozenset()] * pieces, moves)
+        self, name: str, nbytes: int, pieces: int = 1, *, here: bool = True, moves: bool = True, **how: Any
+    ) -> None:
+        """As `component`. here: it lies in the top tier now. moves: there is something to move."""
+        part = component(name, nbytes, pieces, **how)
+        self._held[name] = Held(part, [self._top if here else frozenset()] * pieces, moves)
 
     def resident(self) -> int:
         """Bytes of what moves and lies in the top tier now."""
@@ -97,20 +102,16 @@ class Residency:
             self._solve()
         during: list[Place] = []
         used = {name: held for name, held in self._held.items() if name in self._solved}
-        chosen = {name: _assign(held.tiers, self._moves(name, phase)) for name, held in used.items()}
+        planned = [move for move in self._schedule.moves if (move.phase, move.when) == (phase, "during")]  # or staying
+        chosen = {n: _assign(held.tiers, [m for m in planned if m.component == n]) for n, held in used.items()}
         idle = {n: [frozenset()] * len(h.tiers) for n, h in self._held.items() if n not in used and h.component.remake}
         before = self._go(idle | {name: [frozenset(m.before) for m in moves] for name, moves in chosen.items()})
         for name, moves in chosen.items():
             for piece, move in enumerate(moves):
-                streamed = move.target is not None and move.target not in move.after
-                if streamed or move.after != move.before:
-                    during += [Place(name, piece, frozenset(move.after), streamed)] * self._held[name].moves
+                if move.streamed or move.after != move.before:
+                    during += [Place(name, piece, frozenset(move.after), move.streamed)] * self._held[name].moves
             self._held[name].tiers[:] = [frozenset(move.after) for move in moves]
         return [*before, during]
-
-    def _moves(self, name: str, phase: str) -> list[Move]:
-        """A component's moves during a phase: they include those of what stays."""
-        return [m for m in self._schedule.moves if (m.component, m.phase, m.when) == (name, phase, "during")]
 
     def only(
         self, names: Iterable[str], phase: str, changed: bool = False, visiting: str | None = None
@@ -180,29 +181,18 @@ class Residency:
     def _solve(self) -> None:
         cycle = frozenset(self.cycle)
         used = {n: h.component for n, h in self._held.items() if h.component.bytes and h.component.needed_in & cycle}
-        parts = [
-            replace(
-                part,
-                needed_in=part.needed_in & cycle,
-                changed_in=part.changed_in & cycle,
-                streamed_in=part.streamed_in & cycle,
-                remake={phase: cost for phase, cost in part.remake.items() if phase in cycle},
-            )
-            for part in used.values()
-        ]
         self._planned = {phase: self._measured.get(phase, 1.0) for phase in self.cycle}
         self._solved = {name: part.bytes for name, part in used.items()}
-        phases = [Phase(name, seconds) for name, seconds in self._planned.items()]
         before = self._schedule
         try:
-            self._schedule = best_schedule(parts, phases, self.tiers)
+            self._schedule = best_schedule([part.within(cycle) for part in used.values()], self._planned, self.tiers)
         except ResidencyError as error:
             if before is None:
                 raise
             self._say(f"Memory: a step takes more than was predicted, and the schedule stays as it is: {error}")
         self.predicted = {phase: peaks[self.tiers[0].name] for phase, peaks in self._schedule.peaks.items()}
         if before is None or before.moves != self._schedule.moves:
-            self._say(describe(self._schedule, self.tiers))
+            self._say("\n".join(["Memory, phase by phase (predicted):", *_described(self._schedule, self.tiers)]))
 
 
 def _assign(now: Sequence[frozenset[str]], moves: Sequence[Move]) -> list[Move]:
@@ -217,15 +207,8 @@ def _assign(now: Sequence[frozenset[str]], moves: Sequence[Move]) -> list[Move]:
     return [chosen[piece] for piece in range(len(now))]
 
 
-def describe(schedule: Schedule, tiers: Sequence[Tier]) -> str:
-    """The schedule for a person: a line a phase."""
-    lines = ["Memory, phase by phase (predicted):"]
+def _described(schedule: Schedule, tiers: Sequence[Tier]) -> Iterator[str]:
     for phase, peaks in schedule.peaks.items():
         used = ", ".join(f"{peaks[t.name] / GIB:.2f} of {t.capacity / GIB:.2f} GiB of {t.name}" for t in tiers)
-        lines.append(f"  {phase}: {used}; {schedule.lost[phase]:.2f} s lost to transfers")
-        for move in schedule.moves:
-            if move.phase == phase and move.source and move.target:
-                way = "streamed from" if move.target not in move.after else f"to {move.target} from"
-                when = "" if move.when == "during" else "before: "
-                lines.append(f"    {when}{move.component}, {move.bytes / GIB:.2f} GiB {way} {move.source}")
-    return "\n".join(lines)
+        yield f"  {phase}: {used}; {schedule.lost[phase]:.2f} s lost to transfers"
+    yield from (f"  {line}: {size / GIB:.2f} GiB" for line, size in schedule.copies().items())

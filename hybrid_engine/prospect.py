@@ -12,26 +12,26 @@ from hybrid_engine.cluster import ASSUMED, GIB, Cluster
 from hybrid_engine.footprint import Model, activations, cache_per_token, engine_weights, gathered, logits, sharded
 from hybrid_engine.forecast import Parts, Work, step_seconds
 from hybrid_engine.layout import misfits
-from hybrid_engine.residency import Component, Phase, ResidencyError, Schedule, Tier, best_schedule
+from hybrid_engine.phases import NEEDED, component
+from hybrid_engine.residency import Component, ResidencyError, Schedule, Tier, best_schedule
 from rollout.config import RolloutConfig
 
-KEPT = ("processes", "parameters", "optimizer", "reference")
-"""What nothing can make again: it lies somewhere at all times."""
-STAYING = (*KEPT, "gradients", "rollout weights", "KV cache")
+STAYING = ("processes", *NEEDED)
 """What stays on the device where nothing is moved; all else is there in its phases alone."""
 
 
 @dataclass(frozen=True)
 class Prospect:
-    """A stage's step in one layout. seconds: phase -> what takes them. parts: side -> its components; the sides share
-    every device (`device`), or are `training device` and `rollout device`. Once solved: each side's schedule, or the
-    error that says why there is none."""
+    """A stage's step of `updates` in one layout. seconds: phase -> what takes them. parts: side -> its components; the
+    sides share every device (`device`), or are `training device` and `rollout device`. Once solved: each side's
+    schedule, or the error that says why there is none."""
 
     train: TrainConfig
     rollout: RolloutConfig
+    updates: int
     seconds: Mapping[str, Parts]
     parts: Mapping[str, tuple[Component, ...]]
-    tiers: tuple[Tier, Tier]
+    tiers: tuple[Tier, ...]
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
     error: ResidencyError | None = None
 
@@ -47,15 +47,14 @@ class Prospect:
         for parts in self.parts.values():
             needs = [[part for part in parts if phase in part.needed_in] for phase in self.seconds]
             most = max(sum(2 * p.piece if p.streamed_in else p.bytes for p in phase) for phase in needs)
-            if most > room or sum(part.bytes for part in parts if part.name in KEPT) > whole:
+            if most > room or sum(part.bytes for part in parts if part.copied) > whole:
                 return False
         return True
 
     @property
     def over(self) -> int:
         """Bytes that a device lacks where nothing is moved."""
-        most = max(max(self.resident(side).values()) for side in self.parts)
-        return max(0, most - self.tiers[0].capacity)
+        return max(0, max(max(self.resident(side).values()) for side in self.parts) - self.tiers[0].capacity)
 
     @property
     def order(self) -> tuple[bool, float]:
@@ -64,20 +63,26 @@ class Prospect:
 
     def resident(self, side: str) -> dict[str, int]:
         """Phase -> bytes on the device where nothing is moved."""
-        parts = self.parts[side]
         return {
-            phase: sum(part.bytes for part in parts if part.name in STAYING or phase in part.needed_in)
+            phase: sum(p.bytes for p in self.parts[side] if p.name in STAYING or phase in p.needed_in)
             for phase in self.seconds
         }
 
     def solved(self) -> Self:
         """With its schedules, or with the error that says why there is none."""
-        phases = [Phase(name, sum(parts.values())) for name, parts in self.seconds.items()]
+        phases = {name: sum(parts.values()) for name, parts in self.seconds.items()}
         try:
             found = {side: best_schedule(parts, phases, self.tiers) for side, parts in self.parts.items()}
         except ResidencyError as error:
             return replace(self, error=error)
-        return replace(self, schedules=found)
+        seconds = dict(self.seconds)
+        if streamed := [move for schedule in found.values() for move in schedule.moves if move.streamed]:
+            # In every update, and beside the optimiser alone: the scheduler lets the whole phase hide it.
+            link = {tier.name: 1 / tier.up + 1 / tier.down for tier in self.tiers}
+            late = self.updates * sum(move.bytes * link[move.source] for move in streamed)
+            late -= seconds["train"]["optimizer"] + sum(schedule.lost["train"] for schedule in found.values())
+            seconds["train"] = {**seconds["train"], "streaming": max(0.0, late)}
+        return replace(self, seconds=seconds, schedules=found)
 
 
 def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: Cluster, work: Work) -> Prospect:
@@ -95,42 +100,40 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
     full = gathered(model, train, ceil(work.rank_tokens(train) / train.tokens_per_rank))
     judges = sum(work.judges) // (1 if on_cpu else cluster.devices)
 
-    def part(name: str, size: int, needed: str, changed: str) -> Component:
-        needs, changes = (frozenset(text.split()) & seconds.keys() for text in (needed, changed))
-        again = {} if name in KEPT else dict.fromkeys(changes, 0.0)
-        streamed = needs if name == "optimizer" else frozenset()
-        pieces = 1 + model.layers if name in KEPT[1:] else 1
-        return Component(name, size, needs, changes, again, pieces, streamed)
-
-    processes = part("processes", int((idle if on_cpu else ASSUMED["communicators"]) * GIB), *[" ".join(seconds)] * 2)
+    processes = int((idle if on_cpu else ASSUMED["communicators"]) * GIB)
     training = [
-        part("parameters", ranks * own, "hand-over train step", "step"),
-        part("gradients", ranks * own, "train step", "train"),
-        part("optimizer", 2 * ranks * own, "step", "step"),
-        part("reference", ranks * own, "reference", ""),
-        part("activations", ranks * saved, "train", "train"),
-        part("logits", ranks * logits(model, train, spoken), "reference train", "reference train"),
-        part("gathered", ranks * full, "reference train", "reference train"),
-        replace(part("reward models", judges, "score", ""), remake={"score": sum(work.judges) / cluster.disk}),
+        component("parameters", ranks * own, model.pieces),
+        component("gradients", ranks * own),
+        component("optimizer", 2 * ranks * own, model.pieces),
+        component("reference", ranks * own, model.pieces),
+        component("activations", ranks * saved, 1, ["train"], 0.0),
+        component("logits", ranks * logits(model, train, spoken), 1, ["reference", "train"], 0.0),
+        component("gathered", ranks * full, 1, ["reference", "train"], 0.0),
+        component("reward models", judges, 1, ["score"], sum(work.judges) / cluster.disk),
     ]
     sampling = [
-        part("rollout weights", engines * weights, "hand-over generate", "hand-over"),
-        part("KV cache", engines * cache, "generate", "generate"),
-        part("hand-over buffers", engines * (3 * rollout.bucket_mb * 2**20 + incomplete), "hand-over", "hand-over"),
-        part("engine workspace", workspace, "generate", "generate"),
+        component("weights", engines * weights),
+        component("KV cache", engines * cache),
+        component("buffers", engines * (3 * rollout.bucket_mb * 2**20 + incomplete), 1, ["handover"], 0.0),
+        component("engine workspace", workspace, 1, ["generate"], 0.0),
     ]
+    phases = frozenset(seconds)
+
+    def held(part: Component) -> Component:
+        stays, part = not cluster.moves and part.name in STAYING, part.within(phases)
+        return replace(part, needed_in=phases, streamed_in=frozenset()) if stays else part
+
     sides = {"device": training + sampling}
     if rollout.placement == "split":
         sides = {"training device": training, "rollout device": sampling}
     parts = {
-        side: (processes, *(p for p in found if p.bytes and (p.needed_in or p in sampling[:2])))
+        side: (
+            component("processes", processes, 1, phases),
+            *(held(part) for part in found if part.bytes and (part.needed_in & phases or part in sampling[:2])),
+        )
         for side, found in sides.items()
     }
-    room = cluster.memory - (0 if on_cpu else int(ASSUMED["device_reserved"] * GIB))
-    host = max(0, cluster.host_memory - int(ASSUMED["host_reserved"] * GIB)) // cluster.devices
-    speed = cluster.host_link * ASSUMED["links"]
-    lower = Tier("disk", 1 << 44, cluster.disk, cluster.disk) if on_cpu else Tier("host", host, speed, speed)
-    return Prospect(train, rollout, seconds, parts, (Tier("device", room), lower))
+    return Prospect(train, rollout, work.updates, seconds, parts, cluster.tiers)
 
 
 def ranked(
@@ -166,6 +169,7 @@ def remedies(model: Model, given: Prospect, cluster: Cluster, work: Work) -> lis
     """(a setting, bytes that are missing with it, 0 where it fits), the best first."""
     train, rollout, found = given.train, given.rollout, []
     tries = [
+        *[("memory", "{offload: auto}")] * (not cluster.moves and rollout.placement == "colocated"),
         ("train.activation_checkpointing", True),
         ("train.dtype", "bfloat16"),
         ("train.tokens_per_rank", max(work.prompt + work.longest, train.tokens_per_rank // 2)),
@@ -177,12 +181,13 @@ def remedies(model: Model, given: Prospect, cluster: Cluster, work: Work) -> lis
         ("grpo.kl", 0),
     ]
     for key, value in tries:
-        section, name = key.split(".")
+        section, _, name = key.partition(".")
         one = train.model_copy(update={name: value}) if section == "train" else train
         two = rollout.model_copy(update={name: value}) if section == "rollout" else rollout
         if one.world % one.expert == 0 and not any(misfits(one, two, model.values, cluster.kind)):
             less = replace(work, reference=work.reference and section != "grpo")
-            error = prospect(model, one, two, cluster, less).solved().error
+            machines = cluster.budgeted(None, None, disk=False) if section == "memory" else cluster
+            error = prospect(model, one, two, machines, less).solved().error
             wide = f", on {one.world} devices" if one.world > cluster.ranks else ""
             found.append((f"{key}: {str(value).lower()}{wide}", error.missing if error else 0))
     return sorted(found, key=lambda pair: pair[1])

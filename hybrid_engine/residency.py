@@ -11,21 +11,21 @@ cycle of phases, and each phase is three windows:
 In a window a piece gets at most one more copy, from a tier that holds one. Copies are given up, at no cost, before or
 after `out` and `in`. A phase works on what it needs on the device; while it changes a piece, nothing copies it, and
 other copies are stale. Where the phase allows it, a piece may be streamed instead: it visits the device from its
-highest copy, which takes changed contents back.
-
-The program, and where it approximates, is written out in `docs/scale.md`.
+highest copy, which takes changed contents back. `docs/scale.md` has the program, and where it approximates.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from math import ceil, inf
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+GIB = 2**30
 State = frozenset[int]
 When = Literal["out", "in", "during"]
 WINDOWS: tuple[When, ...] = ("out", "in", "during")
@@ -54,13 +54,11 @@ class Component:
         """Bytes of one piece."""
         return -(-self.bytes // self.pieces)
 
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """One phase of the step. seconds: of its compute, during which copies can hide."""
-
-    name: str
-    seconds: float
+    def within(self, phases: frozenset[str]) -> Self:
+        """As a step of these phases alone sees it."""
+        needed, changed, streamed = (each & phases for each in (self.needed_in, self.changed_in, self.streamed_in))
+        remake = {phase: seconds for phase, seconds in self.remake.items() if phase in phases}
+        return replace(self, needed_in=needed, changed_in=changed, streamed_in=streamed, remake=remake)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +89,11 @@ class Move:
     phase: str
     when: When
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the pieces visit the device and go back."""
+        return self.target is not None and self.target not in self.after
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -103,6 +106,15 @@ class Schedule:
     lost: Mapping[str, float]
     gap: float
 
+    def copies(self) -> Mapping[str, int]:
+        """What is copied, when and from where to where, for a person -> bytes."""
+        found: Counter[str] = Counter()
+        for move in self.moves:
+            if move.source is not None and move.target is not None:
+                when, back = "during" if move.when == "during" else "before", " and back" * move.streamed
+                found[f"{when} {move.phase}: {move.component}, {move.source} -> {move.target}{back}"] += move.bytes
+        return found
+
 
 class ResidencyError(ValueError):
     """No schedule fits. missing: bytes that `phase` lacks in `tier`, where the least is missing. enough: tier ->
@@ -110,8 +122,8 @@ class ResidencyError(ValueError):
 
     def __init__(self, phase: str, tier: str, missing: int, enough: Mapping[str, int]) -> None:
         self.phase, self.tier, self.missing, self.enough = phase, tier, missing, enough
-        remedies = ", ".join(f"{name} {ceil(size / 2**30 * 100) / 100:.2f} GiB" for name, size in enough.items())
-        super().__init__(f"{phase}: {missing / 2**30:.2f} GiB of {tier} are missing; any of these would do: {remedies}")
+        remedies = ", ".join(f"{name} {ceil(size / GIB * 100) / 100:.2f} GiB" for name, size in enough.items())
+        super().__init__(f"{phase}: {missing / GIB:.2f} GiB of {tier} are missing; any of these would do: {remedies}")
 
 
 class _Arc(NamedTuple):
@@ -157,18 +169,18 @@ class _Model:
     """The program's matrices. Columns: the arcs, then the z. Rows of `room` (bytes) and `load` (seconds): a tier of a
     window each, the tier varying fastest."""
 
-    def __init__(self, parts: Sequence[Component], phases: Sequence[Phase], tiers: Sequence[Tier]) -> None:
-        self.parts, self.phases, self.tiers = parts, phases, tiers
+    def __init__(self, parts: Sequence[Component], phases: Mapping[str, float], tiers: Sequence[Tier]) -> None:
+        self.parts, self.phases, self.tiers = parts, list(phases), tiers
         states = [frozenset(s) for n in range(len(tiers) + 1) for s in combinations(range(len(tiers)), n)]
-        windows = [(phase, when) for phase in phases for when in WINDOWS]
+        windows = list(product(phases, WINDOWS))
         self.arcs = [
             _Arc(number, window, before, after, *way)
             for (window, (phase, when)), (number, part) in product(enumerate(windows), enumerate(parts))
             for before, after in product(states, states)
-            for way in _ways(part, phase.name, when, before, after)
+            for way in _ways(part, phase, when, before, after)
         ]
         nodes = {node: row for row, node in enumerate(product(range(len(parts)), range(len(windows)), states))}
-        self.hidden = np.array([[p.seconds * (w == "during" and t.overlaps) for t in tiers] for p, w in windows])
+        self.hidden = np.array([[phases[p] * (w == "during" and t.overlaps) for t in tiers] for p, w in windows])
         self.total = np.array([0] * len(nodes) + [part.pieces for part in parts])
         self.most = np.array([parts[arc.part].pieces for arc in self.arcs] + [1] * len(parts) * len(phases))
         rows = len(self.total), self.hidden.size, self.hidden.size, len(parts) * len(phases)
@@ -180,7 +192,7 @@ class _Model:
             self.flow[len(nodes) + arc.part, column] = arc.window == 0
             for number, tier in enumerate(tiers):
                 self.room[row + number, column] = part.piece * (number in arc.after | {arc.source})
-                self.load[row + number, column] = _seconds(arc, part, phases[phase].name, number, tier)
+                self.load[row + number, column] = _seconds(arc, part, self.phases[phase], number, tier)
             if arc.target is not None and arc.target not in arc.after:
                 number = arc.part * len(phases) + phase
                 self.stream[number, [column, len(self.arcs) + number]] = 1, -part.pieces
@@ -217,7 +229,7 @@ class _Model:
 
     def schedule(self, x: np.ndarray, gap: float) -> Schedule:
         """What the columns mean."""
-        names, phases, moves = [tier.name for tier in self.tiers], [phase.name for phase in self.phases], []
+        names, phases, moves = [tier.name for tier in self.tiers], self.phases, []
         for arc, pieces in zip(self.arcs, map(int, x), strict=False):
             part, (phase, when) = self.parts[arc.part], divmod(arc.window, 3)
             if pieces and (arc.before != arc.after or when == 2):
@@ -237,18 +249,19 @@ class _Model:
             if (solved := self.solve(grow=number)) is not None:
                 used = (self.rounded @ solved[0] * self.unit).reshape(len(self.phases), 3, -1)[:, ::-1, number].T
                 enough[tier.name] = int(used.max())
-                phase = self.phases[used.argmax() % len(self.phases)].name
+                phase = self.phases[used.argmax() % len(self.phases)]
                 found.append((enough[tier.name] - tier.capacity, phase, tier.name))
         missing, phase, name = min(found)
         return ResidencyError(phase, name, missing, enough)
 
 
-def best_schedule(components: Sequence[Component], phases: Sequence[Phase], tiers: Sequence[Tier]) -> Schedule:
-    """The schedule of a step that loses the least time. phases: in the order of a step. tiers: the device first.
-    ValueError where a component names what is not there; ResidencyError where nothing fits."""
+def best_schedule(components: Sequence[Component], phases: Mapping[str, float], tiers: Sequence[Tier]) -> Schedule:
+    """The schedule of a step that loses the least time. phases: in the order of a step, with the seconds of each one's
+    compute, in which copies can hide. tiers: the device first. ValueError where a component names what is not there;
+    ResidencyError where nothing fits."""
     for part in components:
         idle = (part.changed_in | part.streamed_in) - part.needed_in
-        if strange := idle | ({*part.needed_in, *part.remake} - {phase.name for phase in phases}):
+        if strange := idle | ({*part.needed_in, *part.remake} - phases.keys()):
             raise ValueError(f"{part.name}: {', '.join(sorted(strange))}: not phases of the step that need it")
     model = _Model(components, phases, tiers)
     if (solved := model.solve()) is None:

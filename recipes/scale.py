@@ -1,5 +1,6 @@
 """What `align plan` prints: a recipe on a cluster, known before a device is used."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -21,6 +22,7 @@ from hybrid_engine.placement import at_hand
 from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
 from recipes.schema import AUTO, LoadedRecipe, Recipe, Stage, load_recipe
 from recipes.source import RecipeError, shorten
+from rollout.config import memory_bytes
 
 
 def settled(loaded: LoadedRecipe, begun: Path | None, ray_address: str | None) -> tuple[LoadedRecipe, str]:
@@ -29,7 +31,7 @@ def settled(loaded: LoadedRecipe, begun: Path | None, ray_address: str | None) -
     if begun is not None and begun.is_file():
         return _laid_out(loaded, load_recipe(begun).recipe, f"as {begun.parent} was begun")
     try:
-        machines = cluster(at_hand(ray_address))
+        machines = _machines(loaded.recipe, at_hand(ray_address))
     except ValueError as error:
         raise RecipeError([loaded.source.problem(loaded.auto[:1], str(error))]) from None
     return _best(loaded, _model(loaded, machines), machines)
@@ -41,7 +43,7 @@ def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableTyp
     described: a cluster, for `hybrid_engine.cluster.cluster`; None: the machines at hand. Raises ValueError as it does,
     RecipeError where the model or its layouts are impossible.
     """
-    machines = cluster(described or at_hand(None))
+    machines = _machines(loaded.recipe, described or at_hand(None))
     model = _model(loaded, machines)
     what = f"{(model.dense + model.routed) / 1e9:,.4g}B parameters, {sum(model.active) / 1e9:,.3g}B for a token"
     yield Text(f"{what}, on {_where(machines)}")
@@ -65,9 +67,20 @@ def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableTyp
                 yield Text(f"  {text}: {f'{_gib(missing)} GiB are still missing' if missing else 'fits'}")
     works = sorted(found, key=lambda work: -found[work].total)
     yield _layouts([found[works[0]], *ranked(model, *layouts, machines, works)[:3]], names[works[0]][0])
-    more = _gib(12 * (model.dense + model.routed) / machines.hosts)
-    yield Text(f"A checkpoint takes {more} GiB more of each host's memory while it is written.")
+    if not machines.moves:
+        more = _gib(12 * (model.dense + model.routed) / machines.hosts)
+        yield Text("Nothing is moved: the recipe has no `memory:`, or `offload: off` in it.")
+        yield Text(f"A checkpoint takes {more} GiB more of each host's memory while it is written.")
     yield Text(f"Every sequence is as long as it may be. Assumed (hybrid_engine/hardware.yaml): {dict(ASSUMED)}")
+
+
+def _machines(recipe: Recipe, described: str | None) -> Cluster:
+    """As the recipe's `memory` lets a run use them. Raises ValueError as `cluster` does."""
+    found, memory = cluster(described), recipe.memory
+    if not recipe.offloads:
+        return replace(found, tiers=found.tiers[:1], moves=False)
+    device, host = (memory_bytes(memory[key]) if key in memory else None for key in ("device", "host"))
+    return found.budgeted(device, host, disk="disk" in memory)
 
 
 def _model(loaded: LoadedRecipe, machines: Cluster) -> Model:
@@ -94,7 +107,8 @@ def _best(loaded: LoadedRecipe, model: Model, machines: Cluster) -> tuple[Loaded
     slowest, *others = sorted(works, key=lambda work: -prospect(model, *layouts, machines, work).total)
     found = ranked(model, *layouts, machines, [slowest, *others], loaded.auto)
     if not found:
-        text = f"no layout fits {_where(machines)}: `align plan` with one written out says what is missing"
+        still = "" if machines.moves else ", where nothing is moved without `memory:`"
+        text = f"no layout fits {_where(machines)}{still}: `align plan` with one written out says what is missing"
         raise RecipeError([loaded.source.problem(loaded.auto[:1], text)])
     why = f"{found[0].total:,.1f} s a step of {works[slowest]} on {_where(machines)}"
     away = f"; where nothing is moved, {_gib(found[0].over)} GiB are missing" if found[0].over else ""
@@ -152,33 +166,27 @@ def _gib(size: float) -> str:
 
 def _memory(each: Prospect, side: str) -> Iterator[RenderableType]:
     """GiB of every component in every phase, the peak and what is left; what moves when."""
-    schedule, (device, lower), phases = each.schedules.get(side), each.tiers, list(each.seconds)
+    schedule, (device, *lower), phases = each.schedules.get(side), each.tiers, list(each.seconds)
     table = Table(f"GiB of a {side}", *phases, title_justify="left")
-    held = {(part.name, phase): part.bytes for part in each.parts[side] for phase in part.needed_in}
-    lines: dict[str, int] = {}
-    if schedule is not None:
-        held = {}
-        for move in schedule.moves:
-            streamed = move.target is not None and move.target not in move.after
-            if move.when == "during":
-                size = 2 * move.bytes // move.pieces if streamed else move.bytes * (device.name in move.after)
-                held[move.component, move.phase] = held.get((move.component, move.phase), 0) + size
-            if move.source is not None and move.target is not None:
-                way = f"{move.source} -> {move.target}" + " and back" * streamed
-                line = f"{'during' if move.when == 'during' else 'before'} {move.phase}: {move.component}, {way}"
-                lines[line] = lines.get(line, 0) + move.bytes
+    held = Counter({(p.name, phase): p.bytes for p in each.parts[side] for phase in p.needed_in if schedule is None})
+    for move in () if schedule is None else schedule.moves:
+        if move.when == "during":
+            size = 2 * move.bytes // move.pieces if move.streamed else move.bytes * (device.name in move.after)
+            held[move.component, move.phase] += size
     for part in each.parts[side]:
-        sizes = (held.get((part.name, phase)) for phase in phases)
+        sizes = (held[part.name, phase] for phase in phases)
         table.add_row(part.name, *(_gib(size) if size else "" for size in sizes))
     table.add_section()
     if schedule is not None:
         peaks = [schedule.peaks[phase] for phase in phases]
         table.add_row("peak, with transfers", *(_gib(peak[device.name]) for peak in peaks))
         table.add_row("left", *(_gib(device.capacity - peak[device.name]) for peak in peaks))
-        table.add_row(f"on the {lower.name}", *(_gib(peak[lower.name]) for peak in peaks))
+        for tier in lower:
+            table.add_row(f"on the {tier.name}", *(_gib(peak[tier.name]) for peak in peaks))
     table.add_row("if nothing moved", *map(_gib, each.resident(side).values()))
     yield table
-    yield from (Text(f"  {line}: {_gib(size)} GiB") for line, size in lines.items())
+    if schedule is not None:
+        yield from (Text(f"  {line}: {_gib(size)} GiB") for line, size in schedule.copies().items())
 
 
 def _seconds(each: Prospect) -> Table:

@@ -165,7 +165,7 @@ def test_a_run_within_a_budget_too_small_for_all_has_the_same_metrics(budgeted, 
     exact(cache + weights)  # nothing else beside the engine
     found = run_steps(engine, config(kl=0.02, updates_per_batch=2))
     assert same(found, unlimited)
-    assert any(f"parameters, {model / 1024:.2f} GiB to disk" in line for line in said[0].splitlines()), said[0]
+    assert any(f"parameters, host -> disk: {model / 1024:.2f} GiB" in line for line in said[0].splitlines()), said[0]
     assert not list(disk.iterdir())
     engine.save_checkpoint(tmp_path / "step-3", {"step": 3})
     engine.finish_checkpoint()
@@ -193,7 +193,7 @@ def test_streamed_optimizer_states_have_the_same_metrics_and_are_saved_piece_by_
         last = engine.take_metrics()["time/train"]
         assert not limit or engine._memory.residency._measured["train"] < 1.5 * last + 0.1  # not of all steps since
     assert found[0] == found[1]
-    assert "optimizer" in said[0] and "streamed from disk" in said[0]
+    assert "optimizer" in said[0] and "disk -> host and back" in said[0]
     for saved in ("None", "15.0"):  # what was saved in either way continues in either way
         for limit in (15.0, None):
             engine.load(folder, folder, stage)
@@ -211,7 +211,7 @@ def test_a_reward_model_is_read_again_for_its_turn_and_may_end_before_the_stage(
     with engine.phase("score"):
         first = judge.call(batch).values
     full = pss(judge.worker)
-    engine._move(lambda memory: memory.only(("parameters",), "checkpoint"))
+    engine._move(lambda memory: memory.bring("checkpoint", ("parameters",)))
     assert full - pss(judge.worker) > 0.5 * ray.get(judge.worker.nbytes.remote())
     with engine.phase("score"):
         assert judge.call(batch).values == first

@@ -12,7 +12,7 @@ from hybrid_engine.footprint import model_of
 from hybrid_engine.memory import predicted_work, used_by_processes
 from hybrid_engine.offload import Place
 from hybrid_engine.phases import Residency
-from hybrid_engine.residency import Component, Phase, ResidencyError, Tier, best_schedule
+from hybrid_engine.residency import Component, ResidencyError, Tier, best_schedule
 from recipes.schema import load_recipe
 from recipes.source import RecipeError
 from rollout.config import RolloutConfig, memory_bytes
@@ -30,7 +30,7 @@ def residency(host: int, said: list[str] | None = None, disk: int = 10**6) -> Re
     held.cycle = ["handover", "generate", "reference", "train"]
     held.add("parameters", 100, 2)
     held.add("gradients", 100, moves=False, here=False)
-    held.add("optimizer", 200, 4, here=False, streamed=True)
+    held.add("optimizer", 200, 4, here=False)
     held.add("reference", 100, 2)
     held.add("baseline", 50, moves=False, phases=[*held.cycle, "checkpoint"])
     for phase in held.cycle:
@@ -66,7 +66,7 @@ def test_a_budget_too_small_for_all_streams_the_optimizer_and_moves_the_referenc
     assert ("optimizer", DISK, True) in second["train"][2]
     assert ("reference", DISK, False) in {*second["train"][0], *first["handover"][0], *second["handover"][0]}
     assert first.keys() == second.keys() and step(held) == second  # a step ends as it began
-    assert len(said) == 1 and "optimizer" in said[0] and "streamed from disk" in said[0]
+    assert len(said) == 1 and "optimizer" in said[0] and "disk -> host and back" in said[0]
 
 
 def test_phases_may_be_skipped_and_others_come_between() -> None:
@@ -212,7 +212,7 @@ def test_what_cannot_be_copied_is_made_again_or_stays() -> None:
         Component("y", 60, frozenset({"b"}), remake={"b": 0.0}, copied=False),
     ]
     tiers = [Tier("device", 100), Tier("host", 1000, 1e9, 1e9)]
-    found = best_schedule(parts, [Phase("a", 1.0), Phase("b", 1.0)], tiers)
+    found = best_schedule(parts, {"a": 1.0, "b": 1.0}, tiers)
     assert found.lost["a"] == pytest.approx(9.0)
     assert not any("host" in move.before + move.after for move in found.moves)
 
@@ -247,7 +247,7 @@ def test_measured_work_is_not_added_to_itself_while_the_schedule_stays() -> None
 def test_what_makes_room_goes_to_the_highest_tier_that_has_it() -> None:
     held = Residency([Tier("device", 300), Tier("host", 150), Tier("disk", 10**6)], print)
     held.add("parameters", 100, 2)
-    held.add("optimizer", 200, 4, streamed=True)
+    held.add("optimizer", 200, 4)
     out, into = held.only(("parameters",), "checkpoint", visiting="optimizer")
     assert [sorted(place.tiers)[0] for place in out] == ["host", "host", "host", "disk"] and not into
     held.tiers[0] = Tier("device", 149)

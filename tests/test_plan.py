@@ -257,7 +257,7 @@ def test_too_few_devices_and_layouts_that_do_not_fit_the_model_are_named(capsys)
 @pytest.mark.parametrize(
     ("recipe", "machines", "said"),
     [
-        ("deepseek_v2_cluster", "16x8xH800-80GB", ["235.7B parameters", "rollout weights", "object store", "expert 8"]),
+        ("deepseek_v2_cluster", "16x8xH800-80GB", ["235.7B parameters", "weights", "object store", "expert 8"]),
         ("deepseek_v2_lite_one_gpu", "1x1xH200-141GB+128GiB", ["optimizer, host -> device and back", "on the host"]),
         ("deepseek_v2_lite_one_gpu", "1x1xA100-80GB", ["It does not fit", "GiB of device are missing", "train."]),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_engine.residency import Component, Move, Phase, ResidencyError, Schedule, Tier, best_schedule
+from hybrid_engine.residency import Component, Move, ResidencyError, Schedule, Tier, best_schedule
 
 GB, GIB = 10**9, 2**30
 NAMES = ("device", "host", "disk")
+Phase = namedtuple("Phase", "name seconds")
 Instance = tuple[list[Component], list[Phase], list[Tier]]
 
 
@@ -180,14 +181,14 @@ def random_instance(seed: int, streams: bool = False) -> Instance:
 def solved(parts: list[Component], phases: list[Phase], tiers: list[Tier]) -> tuple[Schedule, list[Tier], list[Tier]]:
     """A schedule, the tiers, the last of them grown by what was found missing, and with a byte less than that."""
     try:
-        return best_schedule(parts, phases, tiers), tiers, []
+        return best_schedule(parts, dict(phases), tiers), tiers, []
     except ResidencyError as error:
         name, enough = list(error.enough.items())[-1]
         grown, short = (
             [replace(tier, capacity=size) if tier.name == name else tier for tier in tiers]
             for size in (enough, enough - 1)
         )
-        return best_schedule(parts, phases, grown), grown, short
+        return best_schedule(parts, dict(phases), grown), grown, short
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -231,7 +232,7 @@ def test_236b_on_128_devices_is_solved() -> None:
     phases = [Phase(*phase) for phase in seconds.items()]
     tiers = [Tier("device", 80 * GB), Tier("host", 125 * GB, 50e9, 50e9), Tier("disk", 900 * GB, 3e9, 6e9)]
     began = time.perf_counter()
-    schedule = best_schedule(parts, phases, tiers)
+    schedule = best_schedule(parts, dict(phases), tiers)
     print(f"236B: {time.perf_counter() - began:.2f} s, lost {schedule.lost}, peaks {schedule.peaks}")
     assert schedule.gap <= 1e-3, "within the node limit"
     replay(schedule, parts, phases, tiers)
@@ -246,9 +247,9 @@ P0, P1, P2 = (Phase(f"p{n}", 100.0) for n in range(3))
 
 
 def lost(device: int, *parts: Component, phases: tuple[Phase, ...] = (P0, P1), host: int = 1000, up: float = 1) -> list:
-    instance = list(parts), list(phases), [Tier("device", device), Tier("host", host, 1, up)]
-    schedule = best_schedule(*instance)
-    replay(schedule, *instance)
+    tiers = [Tier("device", device), Tier("host", host, 1, up)]
+    schedule = best_schedule(parts, dict(phases), tiers)
+    replay(schedule, list(parts), list(phases), tiers)
     return list(schedule.lost.values())
 
 
