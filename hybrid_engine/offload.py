@@ -198,6 +198,8 @@ class Offloader:
         going = start(file.read, 0) if source == "disk" and runs else None
         for k, run in enumerate(runs):
             if source == "disk":
+                if k + 1 < len(runs):  # memory that is not there yet would hold the read up, page by page
+                    pages[k + 1][: sizes[k + 1]].zero_()
                 going.result()
                 going = start(file.read, k + 1) if k + 1 < len(runs) else None
             elif source == self.top:
