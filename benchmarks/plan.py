@@ -30,7 +30,6 @@ sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import psutil
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from alignment.config import GRPOConfig, InitConfig, TrainConfig
@@ -41,6 +40,7 @@ from hybrid_engine.cluster import GIB, cluster
 from hybrid_engine.engine import HybridEngine
 from hybrid_engine.footprint import model_of
 from hybrid_engine.forecast import Work
+from hybrid_engine.memory import used_by_processes
 from hybrid_engine.prospect import prospect
 from rewards.config import RewardConfig
 from rollout.config import DataConfig, RolloutConfig
@@ -149,13 +149,7 @@ class Watch:
 
     def watch(self):
         while self.running:
-            total, me = 0, psutil.Process()
-            for process in (me, *me.children(recursive=True)):
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.Error:
-                    total += 0  # it has just ended
-            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), total)
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), used_by_processes())
             time.sleep(0.1)
 
 

@@ -66,8 +66,7 @@ class Cluster:
 def cluster(text: str | None) -> Cluster:
     """The cluster that `text` describes, `HOSTSxDEVICESxKIND[+HOST MEMORYGiB]`; None: this machine's processors.
 
-    A run may fill all of their memory and this machine's disk. Raises ValueError that shows the form and the kinds.
-    """
+    A run may fill all of their memory and this machine's disk. Raises ValueError that shows the form and the kinds."""
     if text is None:
         figures, cores = FIGURES["devices"]["cpu"], len(os.sched_getaffinity(0))
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,7 @@
 """How many bytes each part of a run takes on one rank, from a model's configuration and the layouts.
 
 Parameters are counted on a model on the `meta` device, so they are what the trainer would hold; the rest is arithmetic:
-activations count what Transformers' layers save for the backward pass.
-"""
+activations count what Transformers' layers save for the backward pass."""
 
 import re
 from collections import Counter

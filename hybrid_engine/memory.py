@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,7 +40,7 @@ class Memory:
 
     def start(self, device: str, ranks: Mapping[str, Any], replicas: Mapping[str, Any]) -> None:
         """Begin to keep to the budget. ranks, replicas: the engine's actors by name. Raises WorkerError for a disk that
-        cannot be used; `enter` and `only` raise ResidencyError for a budget that cannot work."""
+        cannot be used; `enter` and `bring` raise ResidencyError for a budget that cannot work."""
         if not self.on:
             return
         self._ranks, self._replicas, self._cuda, budget = ranks, replicas, device == "cuda", self._budget
@@ -225,11 +224,10 @@ def used_by_processes() -> int:
     total, root = 0, psutil.Process()
     for process in (root, *root.children(recursive=True)):
         try:
-            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            text = ""
-        total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-    return total * 1024
+            total += process.memory_full_info().pss
+        except psutil.NoSuchProcess:
+            total += 0  # it has just ended
+    return total
 
 
 def predicted_work(

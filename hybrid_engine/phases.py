@@ -62,8 +62,7 @@ class Residency:
     """The schedule in force, and where every piece lies. All ranks follow it alike.
 
     cycle: the phases of the stage's step, in their order; whoever sets it has called `begin`. predicted: phase -> peak
-    of the top tier, in bytes, by the schedule in force.
-    """
+    of the top tier, in bytes, by the schedule in force."""
 
     def __init__(self, tiers: Sequence[Tier], say: Callable[[str], None]) -> None:
         self.tiers, self._say, self._top = tiers, say, frozenset({tiers[0].name})

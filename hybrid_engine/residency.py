@@ -11,8 +11,7 @@ cycle of phases, and each phase is three windows:
 In a window a piece gets at most one more copy, from a tier that holds one. Copies are given up, at no cost, before or
 after `out` and `in`. A phase works on what it needs on the device; while it changes a piece, nothing copies it, and
 other copies are stale. Where the phase allows it, a piece may be streamed instead: it visits the device from its
-highest copy, which takes changed contents back. `docs/scale.md` has the program, and where it approximates.
-"""
+highest copy, which takes changed contents back. `docs/scale.md` has the program, and where it approximates."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -153,6 +153,9 @@ class TrainWorker(Worker):
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         """One step of the optimiser, which leaves out parameters that have no gradient: those whose states are streamed
         wait for theirs, piece by piece."""
+        if not self._streamed:
+            optimizer.step()
+            return
         parameters = dict(self._policy.model.named_parameters())
         waiting = [name for place in self._streamed for name in self._shares[place.piece]]
         gradients = {name: parameters[name].grad for name in waiting}
@@ -160,7 +163,7 @@ class TrainWorker(Worker):
             parameters[name].grad = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for number in self._offloader.stream(self._streamed) if self._streamed else ():
+        for number in self._offloader.stream(self._streamed):
             for name in self._shares[number]:
                 parameters[name].grad = gradients.pop(name)
             optimizer.step()

@@ -24,7 +24,7 @@ from recipes.resume import RunFolder, StageFolder
 from recipes.schema import Recipe, Rows, Stage, stage_rows
 from rewards.normalize import RewardNormalizer
 from rewards.pool import RewardPool
-from rollout.config import memory_bytes
+from rollout.config import budget
 from rollout.data import row_texts
 from rollout.prompts import Stream, check_lengths, is_held_out, make_prompts
 from rollout.sampler import Sampling
@@ -49,8 +49,7 @@ class Run(NamedTuple):
 def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: str | None) -> Run:
     """Load every dataset, the tokenizer and the model directory, then start every actor. Raises ValueError.
 
-    A model from scratch and its tokenizer are made once and then kept in the run folder.
-    """
+    A model from scratch and its tokenizer are made once and then kept in the run folder."""
     rows = {stage.name: stage_rows(recipe, stage) for stage in recipe.stages if stage.data.from_ is None}
     if folder.tokenizer.is_dir():
         kept = recipe.model.model_copy(update={"path": str(folder.tokenizer), "init": None})
@@ -65,8 +64,8 @@ def build_run(recipe: Recipe, folder: RunFolder, console: Console, ray_address: 
         model = build_model(model_config(recipe.model, tokenizer, recipe.folder), recipe.seed)
         save_model_dir(model, tokenizer, start)
     console.print(f"starting {recipe.train.world} training rank(s) and {recipe.rollout.replicas} vLLM engine(s)")
-    budget = _budget(recipe, console)
-    engine = HybridEngine(start, recipe.train, recipe.rollout, seed=recipe.seed, ray_address=ray_address, budget=budget)
+    room = _budget(recipe, console)
+    engine = HybridEngine(start, recipe.train, recipe.rollout, seed=recipe.seed, ray_address=ray_address, budget=room)
     return Run(recipe, folder, console, tokenizer, start, rows, engine)
 
 
@@ -75,8 +74,7 @@ def _budget(recipe: Recipe, console: Console) -> Budget | None:
     memory = recipe.memory
     if not recipe.offloads:
         return None
-    device, host = (memory_bytes(memory[key]) if key in memory else None for key in ("device", "host"))
-    return Budget(device, host, recipe.folder / memory["disk"] if "disk" in memory else None, console.print)
+    return Budget(*budget(memory), recipe.folder / memory["disk"] if "disk" in memory else None, console.print)
 
 
 class Work(NamedTuple):
@@ -95,8 +93,7 @@ def stage_items(
 ) -> tuple[list[Any], list[Any], dict[str, int]]:
     """What a stage trains on or samples from, what of it is held out, and counts of what happened to the rows.
 
-    Raises ValueError for rows that cannot be read, and for a prompt that leaves no room for a completion.
-    """
+    Raises ValueError for rows that cannot be read, and for a prompt that leaves no room for a completion."""
     if stage.sft:
         items, counts = make_sft_rows(rows, tokenizer, stage.sft, stage.source)
         return items, [], counts
@@ -117,8 +114,7 @@ def stage_items(
 def build_steps(run: Run, stage: Stage, folder: StageFolder, stack: ExitStack) -> Work:
     """The stage's steps, from its newest checkpoint on. stack: closes what the steps need.
 
-    Raises ValueError as `stage_items` does, and for data that are not the checkpoint's.
-    """
+    Raises ValueError as `stage_items` does, and for data that are not the checkpoint's."""
     recipe, config, rows = run.recipe, stage.config, run.rows.get(stage.name)
     if rows is None:  # an earlier stage has sampled them by now
         rows = stage_rows(recipe, stage, run.folder.stage(recipe.named(stage.data.from_)).final)

@@ -1,14 +1,13 @@
 """`align check`: everything that can be known of a run before a model is loaded.
 
 First what concerns the recipe itself and its local files: no torch, no Ray, no vLLM, an answer at once. Then what needs
-libraries: the tokenizer, data functions, rewards, eval tasks.
-"""
+libraries: the tokenizer, data functions, rewards, eval tasks."""
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from itertools import chain, islice
@@ -53,8 +52,7 @@ def check(loaded: LoadedRecipe, contaminated: Rows) -> Iterator[RenderableType]:
     """Check a recipe part by part and yield what a person should see of each.
 
     contaminated: gets a line for each eval whose items stand in training rows. Raises RecipeError
-    with every problem of the first part that has any.
-    """
+    with every problem of the first part that has any."""
     rows = check_files(loaded)
     yield from plan(loaded.recipe, rows)
     check_versions()
@@ -64,8 +62,7 @@ def check(loaded: LoadedRecipe, contaminated: Rows) -> Iterator[RenderableType]:
 def check_files(loaded: LoadedRecipe) -> dict[int, Rows]:
     """See that local files exist and hold the right columns; the rows of each dataset that is a file, by its stage.
 
-    Raises RecipeError. Imports neither torch nor Ray nor vLLM.
-    """
+    Raises RecipeError. Imports neither torch nor Ray nor vLLM."""
     recipe, problems, rows = loaded.recipe, _Problems(loaded), dict[int, Rows]()
     with problems.at("trackers"):
         check_trackers(recipe.trackers)
@@ -104,8 +101,7 @@ def check_versions() -> None:
 def check_libraries(loaded: LoadedRecipe, rows: Mapping[int, Rows], contaminated: Rows) -> Iterator[RenderableType]:
     """Check the data, tokenizer, rewards and eval tasks with the libraries that read them; no model is loaded.
 
-    rows: what `check_files` has read. contaminated: as in `check`. Raises RecipeError.
-    """
+    rows: what `check_files` has read. contaminated: as in `check`. Raises RecipeError."""
     recipe, problems, found = loaded.recipe, _Problems(loaded), dict(rows)
     for index, stage in enumerate(recipe.stages):
         if index not in found and stage.data.from_ is None:
@@ -221,14 +217,20 @@ def _evals(recipe: Recipe, tasks: Sequence[TaskInfo], problems: _Problems) -> It
     """What the evals ask, and what they can see; a limit that they cannot see is a warning."""
     groups = map_reduce((task for task in tasks if task.group), attrgetter("group"), attrgetter("name"))
     drops, keep = smallest_drops({task.name: task.n for task in tasks}, groups), recipe.evals.keep
-    for name in (unknown := sorted(keep.keys() - drops)):
-        problems.add(("evals", "keep"), f"no benchmark or group is called `{name}`{nearest(name, drops)}")
+    for text in (unknown := unknown_limits(keep, drops)):
+        problems.add(("evals", "keep"), text)
     table = Table("eval", "items", "tokens at most", "smallest drop", title="Evals", caption=ASSUMPTION)
     for task in tasks:
         drop = f"{100 * drops[task.name]:.1f} points"
         table.add_row(task.name, f"{task.n:,}", f"{task.longest_prompt:,} + {task.max_new_tokens:,} new", drop)
     yield table
     yield from (Text(line, style="yellow") for line in ([] if unknown else undetectable(keep, drops)))
+
+
+def unknown_limits(keep: Iterable[str], evaluated: Iterable[str]) -> list[str]:
+    """A message for each limit that is for none of the benchmarks and groups `evaluated`."""
+    known = list(evaluated)
+    return [f"no benchmark or group is called `{name}`{nearest(name, known)}" for name in keep if name not in known]
 
 
 def smallest_drops(items: Mapping[str, int], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:

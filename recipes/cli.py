@@ -90,8 +90,7 @@ def describe(error: BaseException) -> str:
     """The error that came first, and what it led to: at most a screen.
 
     `raise X from Y` is a translation: X says what happened. An X that came up while Y was being handled is a symptom of
-    Y, which is named first.
-    """
+    Y, which is named first."""
     chain = [error]
     while error.__cause__ is None and not error.__suppress_context__ and error.__context__ is not None:
         error = error.__context__

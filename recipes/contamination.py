@@ -37,8 +37,7 @@ def overlaps(
     items: task -> (question, reference answer) of each item; the answer may be empty. rows: (source, number of the row,
     text); a row may have several texts. A question of fewer words counts where it is a whole text; a short answer never
     does (many rows end in the same number). Words that more than half of a task's items share, and more than 10, are
-    its template, and count for none. Only the items are kept in memory.
-    """
+    its template, and count for none. Only the items are kept in memory."""
     known: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for task, pairs in items.items():
         texts = [[normal_words(text) for text in pair] for pair in pairs]

@@ -13,6 +13,7 @@ from alignment.metrics import append, read
 from alignment.tax import TaskResult, TaxRow, compare, load_results
 from hybrid_engine.checkpoint import step_dir
 from recipes.build import Run
+from recipes.check import unknown_limits
 from recipes.progress import print_tax
 from recipes.resume import StageFolder
 from recipes.schema import Stage
@@ -106,11 +107,13 @@ def _roll_back(run: Run, stage: Stage, folder: StageFolder, before: StageFolder)
 def breaches(rows: Iterable[TaxRow], keep: Mapping[str, float]) -> list[str]:
     """A message for each limit that is broken. rows: a tax table against the policy that the stage started from.
     keep: benchmark or group -> the least difference that it may have, -0.02 of an accuracy, say; where lower is better,
-    a rise counts as the drop. Raises KeyError for a limit without its row.
+    a rise counts as the drop.
 
-    A limit holds unless the whole interval lies below it; an interval that is NaN breaks none.
-    """
+    A limit holds unless the whole interval lies below it; an interval that is NaN breaks none. Raises ValueError for a
+    limit without its row: one that is never compared would never be broken."""
     ends = {row.benchmark: (row.low, row.high) if row.higher_is_better else (-row.high, -row.low) for row in rows}
+    if unknown := unknown_limits(keep, ends):
+        raise ValueError("; ".join(unknown))
     broken = [(name, limit, *ends[name]) for name, limit in keep.items() if ends[name][1] < limit]
     return [f"{name}: {low:+.3f} … {high:+.3f} lies below its limit of {limit:+g}" for name, limit, low, high in broken]
 
@@ -118,7 +121,6 @@ def breaches(rows: Iterable[TaxRow], keep: Mapping[str, float]) -> list[str]:
 def choose_checkpoint(rewards: Mapping[int, float | None], broken: Callable[[int], Sequence[str]]) -> int | None:
     """The step with the highest reward on held-out prompts that breaks no limit, of equals the earliest; None: go back.
 
-    broken: the limits that a step's full eval breaks; asked from the highest reward on, until a step breaks none.
-    """
+    broken: the limits that a step's full eval breaks; asked from the highest reward on, until a step breaks none."""
     known = {step: reward for step, reward in rewards.items() if reward is not None and math.isfinite(reward)}
     return next((step for step in sorted(known, key=lambda step: (-known[step], step)) if not broken(step)), None)

@@ -2,8 +2,7 @@
 
 Helpful is to say every letter in its order; safe is to answer `no` where one of them is forbidden, and only there. A
 policy fine-tuned on `sft_rows`, whose answers are as mixed as people's, does each about half of the time; so it does
-with `reverse k a f =`, whose answers the ground truth can judge.
-"""
+with `reverse k a f =`, whose answers the ground truth can judge."""
 
 import random
 import string

@@ -20,8 +20,7 @@ class StageProgress(Progress):
     """Progress of one stage: steps, reward or loss, tokens/s, time left.
 
     total: the stage's last step; first: steps that were done before (a resumed stage starts there).
-    On a terminal one live line; elsewhere the first and the last step and at most one line every EVERY seconds.
-    """
+    On a terminal one live line; elsewhere the first and the last step and at most one line every EVERY seconds."""
 
     def __init__(self, name: str, total: int, console: Console, *, first: int = 0) -> None:
         bar = (SpinnerColumn(), "[bold]{task.description}", BarColumn(24, complete_style="cyan"), "{task.fields[line]}")

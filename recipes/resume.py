@@ -21,8 +21,7 @@ class StageFolder:
     experts: each step's load of every expert. rows: what a `sample` stage has so far. final: a Transformers directory,
     or what the stage sampled; there when it is done. results: of the evals after it, by item; there when they are
     complete. evals: those within the stage. held_out: its reward on held-out prompts. candidates: the weights at these
-    evals, to which it may have to go back. breached: the evals that made it, to the step in rolled_back.
-    """
+    evals, to which it may have to go back. breached: the evals that made it, to the step in rolled_back."""
 
     def __init__(self, run_dir: Path, number: int, name: str) -> None:
         self.name = name
@@ -88,8 +87,7 @@ class RunFolder:
     def add_tax(self, stage: str, tables: Mapping[tuple[str, str], Sequence[TaxRow]], gate: list[str]) -> None:
         """Write a stage's tables into `tax.json`, in place of earlier ones.
 
-        tables: by the name of the policy before and the folder of the evals after. gate: what it says of the first.
-        """
+        tables: by the name of the policy before and the folder of the evals after. gate: what it says of the first."""
         kept = [table for table in self._tables() if table["stage"] != stage]
         for (before, evals), rows in tables.items():
             found = {"stage": stage, "before": before, "after": stage, "evals": evals, "gate": gate}

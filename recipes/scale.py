@@ -22,7 +22,7 @@ from hybrid_engine.placement import at_hand
 from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
 from recipes.schema import AUTO, LoadedRecipe, Recipe, Stage, load_recipe
 from recipes.source import RecipeError, shorten
-from rollout.config import memory_bytes
+from rollout.config import budget
 
 
 def settled(loaded: LoadedRecipe, begun: Path | None, ray_address: str | None) -> tuple[LoadedRecipe, str]:
@@ -41,8 +41,7 @@ def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableTyp
     """Every stage's memory, seconds and schedule in the recipe's layouts, then the best layouts for the slowest stage.
 
     described: a cluster, for `hybrid_engine.cluster.cluster`; None: the machines at hand. Raises ValueError as it does,
-    RecipeError where the model or its layouts are impossible.
-    """
+    RecipeError where the model or its layouts are impossible."""
     machines = _machines(loaded.recipe, described or at_hand(None))
     model = _model(loaded, machines)
     what = f"{(model.dense + model.routed) / 1e9:,.4g}B parameters, {sum(model.active) / 1e9:,.3g}B for a token"
@@ -76,11 +75,10 @@ def scale(loaded: LoadedRecipe, described: str | None) -> Iterator[RenderableTyp
 
 def _machines(recipe: Recipe, described: str | None) -> Cluster:
     """As the recipe's `memory` lets a run use them. Raises ValueError as `cluster` does."""
-    found, memory = cluster(described), recipe.memory
+    found = cluster(described)
     if not recipe.offloads:
         return replace(found, tiers=found.tiers[:1], moves=False)
-    device, host = (memory_bytes(memory[key]) if key in memory else None for key in ("device", "host"))
-    return found.budgeted(device, host, disk="disk" in memory)
+    return found.budgeted(*budget(recipe.memory), disk="disk" in recipe.memory)
 
 
 def _model(loaded: LoadedRecipe, machines: Cluster) -> Model:

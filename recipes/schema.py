@@ -149,8 +149,7 @@ class Recipe(Config):
 def stage_rows(recipe: Recipe, stage: Stage, sampled: Path | None = None) -> Rows:
     """A stage's dataset. Raises ValueError (`load_rows`), also for a row that lacks the columns its stage needs.
 
-    sampled: the folder that the stage wrote whose completions it reads, for one with `from`.
-    """
+    sampled: the folder that the stage wrote whose completions it reads, for one with `from`."""
     data = stage.data
     if data.from_ is not None:
         kind = "best" if stage.reward_model is None else "pairs" if stage.reward_model.loss == "pairwise" else "rows"
@@ -220,8 +219,7 @@ class LoadedRecipe(NamedTuple):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read, override (`key.path=value`) and validate a recipe; its `base_dir` is made absolute.
 
-    Raises RecipeError with every problem found, each with file, line and key.
-    """
+    Raises RecipeError with every problem found, each with file, line and key."""
     source = read_source(path, overrides)
     values, auto = dict(source.values), []
     for section, (first, *others) in AUTO.items():

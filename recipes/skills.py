@@ -1,8 +1,7 @@
 """The demo's data: three small skills, their training rows, and held-out rows that no training row can equal.
 
 A problem is held out when the hash of its prompt says so, whatever drew it: the two sides share no problem, and the
-same call gives the same rows in every process.
-"""
+same call gives the same rows in every process."""
 
 import hashlib
 import random
@@ -56,6 +55,8 @@ def skill_prompts(skill: str, count: int, seed: int = 0) -> list[dict[str, str]]
 
 def eval_rows(skill: str, count: int = 500) -> list[dict[str, str]]:
     """`count` distinct held-out rows of one skill, always the same; a shorter list is the start of a longer one."""
+    if skill not in SKILLS:
+        raise ValueError(f"unknown skill `{skill}`; there are: {', '.join(SKILLS)}")
     return _distinct(skill, count, "held out 0", True)
 
 
@@ -75,8 +76,7 @@ def right_digits(completions: Sequence[str], answer: Sequence[str], **_: Any) ->
     """Reward: the share of digits that are right, place by place from the right, of the longer of the two.
 
     >>> right_digits(["132", "32", "131"], answer=["132", "132", "132"])
-    [1.0, 0.6666666666666666, 0.6666666666666666]
-    """
+    [1.0, 0.6666666666666666, 0.6666666666666666]"""
     pairs = [(text.strip()[::-1], gold[::-1]) for text, gold in zip(completions, answer, strict=True)]
     return [sum(map(str.__eq__, text, gold)) / max(len(text), len(gold)) for text, gold in pairs]
 
@@ -96,6 +96,8 @@ def problems(draw: Skill, seed: str, *, held_out: bool) -> Iterator[dict[str, st
 
 
 def _distinct(skill: str, count: int, seed: str, held_out: bool) -> list[dict[str, str]]:
+    if count < 0:
+        raise ValueError(f"{skill}: cannot make {count} rows")
     drawn = islice(problems(SKILLS[skill], f"{skill} {seed}", held_out=held_out), PATIENCE * count)
     rows = list(islice(unique_everseen(drawn, key=itemgetter("prompt")), count))
     if len(rows) < count:

@@ -43,8 +43,7 @@ class Source(NamedTuple):
 def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
     """Read a YAML mapping and apply `key.path=value` overrides.
 
-    Raises RecipeError: no such file, not YAML, not a mapping, a key that stands twice, an override of nothing.
-    """
+    Raises RecipeError: no such file, not YAML, not a mapping, a key that stands twice, an override of nothing."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -52,11 +51,14 @@ def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
     values, origins = _read(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError([f"{path}: a recipe is a YAML mapping (`name: ...`, `model: ...`, ...)"])
+    problems = []
     for override in overrides:
         try:
             _apply(values, origins, override)
         except ValueError as error:
-            raise RecipeError([f"--set {override}: {error}"]) from None
+            problems.append(f"--set {override}: {error}")
+    if problems:
+        raise RecipeError(problems)
     return Source(values, origins)
 
 

@@ -40,8 +40,7 @@ def run(
     contaminated: what `check` found of the evals in the training rows, for the report.
 
     Raises RecipeError before anything expensive for a recipe that cannot run, KeyboardInterrupt (with everything
-    saved) after Ctrl-C, and the first cause of any other failure. No process outlives the call.
-    """
+    saved) after Ctrl-C, and the first cause of any other failure. No process outlives the call."""
     with ExitStack() as stack:
         folder = stack.enter_context(closing(RunFolder(output_dir, recipe, accept_changes=accept_changes)))
         if contaminated is not None:

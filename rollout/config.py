@@ -50,9 +50,14 @@ def memory_bytes(text: str) -> int:
     return int(float(found[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[found[2]])
 
 
+def budget(memory: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Bytes of a device and of a host that `memory` names. Raises ValueError."""
+    device, host = (memory_bytes(str(memory[key])) if key in memory else None for key in ("device", "host"))
+    return device, host
+
+
 def _check_memory(memory: dict[str, Any]) -> dict[str, Any]:
-    for key in sorted(memory.keys() & {"device", "host"}):
-        memory_bytes(str(memory[key]))
+    budget(memory)
     if memory.get("offload", "auto") not in ("auto", "off", False):  # YAML reads a plain `off` as false
         raise ValueError("`offload` is `auto` or `off`")
     if not isinstance(memory.get("disk", ""), str):

@@ -1,5 +1,6 @@
 """Rows of a dataset as plain dicts: local files, a hub dataset, or a function."""
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -92,6 +93,10 @@ def _parse(data: bytes, where: str) -> Any:
 
 def _function_rows(spec: str, args: Mapping[str, Any], base_dir: Path) -> list[Any]:
     function = load_function(spec, base_dir)
+    try:
+        inspect.signature(function).bind(**args)
+    except TypeError as error:
+        raise ValueError(f"{spec}: the recipe's `args` do not fit the function: {error}") from error
     try:
         rows = function(**args)
     except Exception as error:

@@ -101,7 +101,7 @@ def test_rows_from_a_function_beside_the_recipe(tmp_path):
     config = DataConfig(function="my_rows.py:rows", args={"count": 3}, limit=2)
     assert load_rows(config, tmp_path) == [{"prompt": "0"}, {"prompt": "1"}]
     for function, args, part in [
-        ("rows", {}, "missing 1 required positional argument: 'count'"),
+        ("rows", {}, "missing a required argument: 'count'"),
         ("broken", {}, "ZeroDivisionError"),
         ("number", {}, "must return a list"),
     ]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignment.tax import TaskResult, TaxRow, compare, detectable_drop, tango_interval
-from recipes.check import smallest_drops, undetectable
+from recipes.check import smallest_drops, undetectable, unknown_limits
 from recipes.gate import breaches, choose_checkpoint
 from recipes.schema import load_recipe
 
@@ -52,9 +52,12 @@ def test_each_benchmark_and_group_has_its_own_limit():
     assert breaches(rows, {}) == []
 
 
-def test_a_limit_without_its_row_is_no_limit_that_holds():
-    with pytest.raises(KeyError, match="bhb"):
+def test_a_limit_for_what_is_not_evaluated_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no benchmark or group is called `bhb`; did you mean 'bbh'\?"):
         breaches([row(0, 1)], {"bhb": -0.02})
+    assert unknown_limits(["bbh", "reasoning", "mlu"], ["bbh", "mmlu", "reasoning"]) == [
+        "no benchmark or group is called `mlu`; did you mean 'mmlu'?"
+    ]
 
 
 def evals(rng: np.random.Generator, chances: list[np.ndarray]) -> list[TaskResult]:

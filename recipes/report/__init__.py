@@ -24,8 +24,7 @@ SAMPLED_PROMPTS, SAMPLED_COMPLETIONS, LONGEST_TEXT, MOST_LOST = 4, 4, 3000, 5
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from what lies in the folder, of a finished run or not; its path.
 
-    Raises ValueError when `run_dir` is no run folder or a file in it is damaged.
-    """
+    Raises ValueError when `run_dir` is no run folder or a file in it is damaged."""
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
@@ -43,8 +42,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     tables: those of `tax.json`, their `rows` as TaxRows, and the items `lost` of benchmarks that got worse.
     stages: those of the recipe, begun or not: see `_stage`.
 
-    Raises ValueError when `run_dir` is no run folder, or a file in it is damaged.
-    """
+    Raises ValueError when `run_dir` is no run folder, or a file in it is damaged."""
     recipe = _load(run_dir / "recipe.yaml", yaml.safe_load)
     if recipe is None:
         raise ValueError(
@@ -120,8 +118,7 @@ def _answer(sample: Mapping[str, Any]) -> str:
 def _choose(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Of a few prompts, from the first step to the last, the best completions and the worst.
 
-    A masked completion, which has no reward, is the worst.
-    """
+    A masked completion, which has no reward, is the worst."""
     groups = [list(group) for _, group in groupby(rows, key=itemgetter("step", "prompt_index"))]
     places = np.linspace(0, len(groups) - 1, min(SAMPLED_PROMPTS, len(groups)), dtype=int)
     half, best_first = SAMPLED_COMPLETIONS // 2, lambda row: (row["reward"] is None, -(row["reward"] or 0.0))
