@@ -23,7 +23,18 @@ from pathlib import Path
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Questions, Side, Work, describe, publish, set_environment, table, take_turns, train_sft
+from benchmarks.workload import (
+    CUDA,
+    Questions,
+    Side,
+    Work,
+    describe,
+    publish,
+    set_environment,
+    table,
+    take_turns,
+    train_sft,
+)
 
 PHASES = {
     "generate": "generate",
@@ -51,7 +62,7 @@ def run_ours(work: Work, questions: Questions) -> None:
     from hybrid_engine.engine import HybridEngine
     from rewards.config import RewardConfig
     from rewards.pool import RewardPool
-    from rollout.config import DataConfig, RolloutConfig
+    from rollout.config import DataConfig
     from rollout.prompts import make_prompts
     from rollout.sampler import Sampling
 
@@ -65,8 +76,7 @@ def run_ours(work: Work, questions: Questions) -> None:
     prompts = make_prompts(work.rows, AutoTokenizer.from_pretrained(folder), "benchmark")
     batches = (prompts[start : start + work.prompts] for start in range(0, len(prompts), work.prompts))
     sampling = Sampling(work.completions, work.max_new_tokens, 1.0, work.seed)
-    rollout = RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
-    engine = HybridEngine(folder, TrainConfig(routing_replay=work.routing_replay), rollout, seed=work.seed)
+    engine = HybridEngine(folder, TrainConfig(routing_replay=work.routing_replay), work.rollout, seed=work.seed)
     try:
         engine.load(folder, folder, config)
         with RewardPool([reward], Path()) as scorer:
@@ -148,10 +158,11 @@ def main() -> None:
         folder, here = Path(name), Path(__file__)
         model = args.model or train_sft(folder / "sft", args.sft_steps, args.set)
         work = Work(str(model.resolve()), args.warmup + 3 * args.steps)
-        mine, theirs = replace(work, dtype=args.dtype), json.dumps(asdict(work))
+        mine = replace(work, dtype=args.dtype)
+        theirs = mine if CUDA else work  # vLLM's MLA for CUDA knows no float32
         other, against = (
-            [here.with_name("trl_side.py"), [theirs]],
-            "TRL" if args.dtype == "float32" else "TRL (float32)",
+            [here.with_name("trl_side.py"), [json.dumps(asdict(theirs))]],
+            "TRL" if args.dtype == theirs.dtype else "TRL (float32)",
         )
         if args.against == "replay":
             replayed = json.dumps(asdict(replace(mine, routing_replay=True)))

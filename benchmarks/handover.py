@@ -1,4 +1,5 @@
-"""What a hand-over costs: every pair of layouts on the demo's model, then from 5 MB to 2 GB of weights; its memory.
+"""What a hand-over costs: every pair of layouts on the demo's model, then from 5 MB to 2 GB of weights; its memory. On
+a CUDA device: one rank to one engine.
 
     python benchmarks/handover.py --output benchmarks/results/handover.md      10 minutes, 12 GB of memory
 
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
@@ -22,14 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import ray
+import torch
 
 import hybrid_engine.engine as engine_module
 from alignment.config import InitConfig, StageConfig, TrainConfig
 from alignment.model import build_model, preset_config, save_model_dir, train_tokenizer
-from benchmarks.workload import machine_line, publish, set_environment, table
+from benchmarks.workload import CUDA, machine_line, publish, set_environment, table
 from hybrid_engine.train_worker import TrainWorker
 from rollout.config import RolloutConfig
-from rollout.weights import digest
+from rollout.weights import Piece, device_digests, digest
 
 MIB = 2**20
 SIZES = {
@@ -124,6 +127,16 @@ def model_dir(folder: Path, size: str) -> Path:
     return path
 
 
+def copy_and_hash(nbytes: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What copies so many bytes once where buckets are packed, and what digests them."""
+    if not CUDA:
+        source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
+        return lambda: np.copyto(target, source), lambda: digest(source)
+    here = torch.ones(nbytes, dtype=torch.uint8, device="cuda")
+    there, piece = torch.empty_like(here), Piece("all", "uint8", (nbytes,), (0,), (nbytes,), 0, nbytes)
+    return lambda: (there.copy_(here), torch.cuda.synchronize()), lambda: device_digests(here, [piece])
+
+
 def median_ms(call, rounds: int) -> float:
     """Of `rounds` calls after a first one that is not counted."""
     seconds = []
@@ -136,7 +149,8 @@ def median_ms(call, rounds: int) -> float:
 
 def measure(path: Path, train: str, rollout: str, rounds: int, bucket_mb: int) -> tuple[list[str], list[int]]:
     """A line of the table, and the ranks' memory in bytes: (shard held, loading, hand-over) of the highest."""
-    engines = RolloutConfig(max_length=64, max_num_seqs=8, memory=0.1, bucket_mb=bucket_mb, **ROLLOUT[rollout])
+    kind = {"dtype": "bfloat16"} if CUDA else {}
+    engines = RolloutConfig(max_length=64, max_num_seqs=8, memory=0.1, bucket_mb=bucket_mb, **ROLLOUT[rollout], **kind)
     engine = engine_module.HybridEngine(path, TrainConfig(**TRAIN[train]), engines, seed=0)
     try:
         engine.load(path, path, StageConfig())
@@ -151,10 +165,10 @@ def measure(path: Path, train: str, rollout: str, rounds: int, bucket_mb: int) -
         1000 * statistics.median(t[f"time/{name}"] for t in taken[1:]) for name in ("handover", "canary")
     )
     nbytes = int(taken[0]["handover/bytes"])
-    source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
-    memcpy = median_ms(lambda: np.copyto(target, source), rounds)
+    copy, hash_ = copy_and_hash(nbytes)
+    memcpy = median_ms(copy, rounds)
     # The ranks of each side hash their parts at the same time; every rollout rank hashes what it receives.
-    hashing = 2 * median_ms(lambda: digest(source), rounds)
+    hashing = 2 * median_ms(hash_, rounds)
     cells = [f"{train} -> {rollout}", f"{nbytes / MIB:,.1f}", f"{milliseconds:,.1f}", f"{canary:,.1f}"]
     cells += [f"{milliseconds / memcpy:,.1f}", f"{100 * hashing / milliseconds:.1f}%"]
     return cells, [max(rank[name] for rank in memory) for name in ("held", "loading", "hand-over")]
@@ -175,7 +189,8 @@ def main() -> None:
     rows, memory = [], []
     with tempfile.TemporaryDirectory() as folder:
         for train, rollout, size in PAIRS:
-            if sizes.index(size) <= sizes.index(args.largest):
+            several = train != "1 rank" or rollout != "1 engine"
+            if sizes.index(size) <= sizes.index(args.largest) and not (CUDA and several):
                 cells, found = measure(model_dir(Path(folder), size), train, rollout, args.rounds, args.bucket_mb)
                 rows.append(cells)
                 memory.append([f"{train} -> {rollout}", size, *(f"{value / MIB:,.1f}" for value in found)])

@@ -1,9 +1,10 @@
 """Offloading on this machine: speed against the medium's, the cost of a step, and a model that does not fit its budget.
 
-    python benchmarks/offload.py [--disk FOLDER] [--mb 1024]                       the disk alone
+    python benchmarks/offload.py [--disk FOLDER] [--mb 1024]                       pinned memory and the disk alone
     python benchmarks/offload.py --step 5.3GiB [--millions 100] [--steps 4]        GRPO steps within 5.3 GiB
 
-The second runs the same steps without a budget, with it, and with everything moved at every phase.
+The second runs the same steps without a budget (of the device where there is one, else of the host), with it, and with
+everything moved at every phase.
 """
 
 from __future__ import annotations
@@ -40,20 +41,29 @@ from rollout.sampler import Sampling
 from rollout.types import Prompt, Scores
 
 HOST, DISK = frozenset({"host"}), frozenset({"disk"})
+CUDA = torch.cuda.is_available()
 
 
 def medium(folder: Path, mb: int, rounds: int = 5) -> dict[str, tuple[float, float]]:
-    """Way -> (bytes/s of direct I/O from a buffer, page by page; of tensors that leave and come back)."""
+    """Way -> (bytes/s of the medium, of tensors that leave and come back). Of the disk: direct I/O from and into a
+    buffer, page by page; of a device's link: a copy from and into pinned memory, whole."""
+    device = torch.device("cuda" if CUDA else "cpu")
     pages = mb * 2**20 // PAGE
-    file, offloader = File(folder, pages * PAGE), Offloader(torch.device("cpu"), folder)
-    page, tensors = offloader._page(), [torch.randn(PAGE // 4) for _ in range(pages)]
+    file, offloader = File(folder, pages * PAGE), Offloader(device, folder)
+    page, tensors = offloader._page(), [torch.randn(PAGE // 4, device=device) for _ in range(pages)]
     offloader.add("probe", [lambda: tensors], pages * PAGE)
     moves: dict[str, list[Callable[[], object]]] = {
-        "down": [lambda: [file.write(page, k * PAGE) for k in range(pages)],
-                 lambda: offloader.place([Place("probe", 0, DISK)])],
-        "up": [lambda: [file.read(page, k * PAGE) for k in range(pages)],
-               lambda: offloader.place([Place("probe", 0, HOST)])],
+        "down to the disk": [lambda: [file.write(page, k * PAGE) for k in range(pages)],
+                             lambda: offloader.place([Place("probe", 0, DISK)])],
+        "up from the disk": [lambda: [file.read(page, k * PAGE) for k in range(pages)],
+                             lambda: offloader.place([Place("probe", 0, offloader.top_alone)])],
     }  # fmt: skip
+    if CUDA:
+        here, there = torch.ones(pages * PAGE, dtype=torch.uint8).pin_memory(), torch.ones(pages * PAGE).byte().cuda()
+        moves |= {
+            "down to the host": [lambda: here.copy_(there), lambda: offloader.place([Place("probe", 0, HOST)])],
+            "up from the host": [lambda: (there.copy_(here), torch.cuda.synchronize()), moves["up from the disk"][1]],
+        }
     seconds: dict[str, list[list[float]]] = {way: [[], []] for way in moves}
     for _ in range(rounds + 1):
         for way, pair in moves.items():
@@ -76,8 +86,9 @@ def make_model(folder: Path, millions: float) -> Path:
     config = DeepseekV2Config(
         vocab_size=330, hidden_size=width, intermediate_size=3 * width, moe_intermediate_size=width,
         num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=8, n_shared_experts=1, n_routed_experts=12,
-        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=128, q_lora_rank=None, qk_rope_head_dim=64,
-        qk_nope_head_dim=32, v_head_dim=32, topk_method="greedy", n_group=1, topk_group=1, norm_topk_prob=False,
+        num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=None, qk_rope_head_dim=64,
+        kv_lora_rank=512 if CUDA else 128, qk_nope_head_dim=32, v_head_dim=32, topk_method="greedy", n_group=1,
+        topk_group=1, norm_topk_prob=False,
         max_position_embeddings=512, eos_token_id=1, bos_token_id=None, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -109,7 +120,8 @@ def steps(model: Path, count: int, budget: Budget | None, kv: float = 1.5) -> It
     )  # fmt: skip
     rng = np.random.default_rng(0)
     prompts = [Prompt(i, "", rng.integers(5, 300, rng.integers(3, 40)).astype(np.int32), {}) for i in range(8)]
-    rollout = RolloutConfig(max_length=96, max_num_seqs=64, memory=kv, bucket_mb=32)
+    kind = {"memory": 0.08, "dtype": "bfloat16"} if CUDA else {"memory": kv}
+    rollout = RolloutConfig(max_length=96, max_num_seqs=64, bucket_mb=32, **kind)
     engine = HybridEngine(model, TrainConfig(tokens_per_rank=1024), rollout, seed=0, budget=budget)
     try:
         engine.load(model, model, config, model)
@@ -138,24 +150,28 @@ def equal(a: dict[str, float], b: dict[str, float]) -> bool:
     return kept[0] == kept[1]
 
 
-def compare(folder: Path, disk: Path, host: int, millions: float, count: int) -> None:
+def compare(folder: Path, disk: Path, room: int, millions: float, count: int, naively: bool) -> None:
     """Print what a budget costs, and whether it is kept."""
     model = make_model(folder, millions)
-    budget = Budget(None, host, disk, print)
+    budget = Budget(room, None, disk, print) if CUDA else Budget(None, room, disk, print)
     free = list(steps(model, count, None))
     *kept, last = steps(model, count, budget)
-    with patch.object(Residency, "enter", move_all):
-        *naive, _ = steps(model, count, Budget(None, None, disk, print))  # without streaming it may need more
+    naive = [None] * count
+    if naively:
+        with patch.object(Residency, "enter", move_all):
+            *naive, _ = steps(model, count, Budget(None, None, disk, print))  # without streaming it may need more
     parts = last["parts"]
-    print(f"parts {parts:.2f} GiB, {parts * GIB / host:.2f} x the budget of {host / GIB:.2f} GiB")
+    print(f"parts {parts:.2f} GiB, {parts * GIB / room:.2f} x the budget of {room / GIB:.2f} GiB")
     for i, (one, two, three) in enumerate(zip(free, kept, naive, strict=True), 1):
         error = two["memory/measured"] / two["memory/predicted"] - 1
         shares = [
-            f"{row['time/step']:.1f} s ({row['time/offload'] / row['time/step']:.0%} moving)" for row in (two, three)
+            f"{row['time/step']:.2f} s ({row['time/offload'] / row['time/step']:.0%} moving)" if row else "unknown"
+            for row in (two, three)
         ]
         print(
-            f"step {i}: {one['time/step']:.1f} s without a budget, {shares[0]} with it, {shares[1]} with all moved; "
-            f"metrics {'equal' if equal(one, two) else 'DIFFER'}; "
+            f"step {i}: {one['time/step']:.2f} s without a budget, {shares[0]} with it, {shares[1]} with all moved; "
+            f"metrics {'equal' if equal(one, two) else 'DIFFER'} (gradient's norm {one['grad_norm']:.9g}, "
+            f"{two['grad_norm']:.9g}); "
             f"peak {two['memory/measured']:.2f} GiB, {error:+.1%} of the predicted"
         )
 
@@ -168,10 +184,11 @@ def main() -> None:
     parser.add_argument("--step", type=memory_bytes)
     parser.add_argument("--millions", type=float, default=102)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--all-moved", action=argparse.BooleanOptionalAction, default=True, help="the third run, too")
     given = parser.parse_args()
     if given.step:
         with tempfile.TemporaryDirectory() as folder:
-            compare(Path(folder), given.disk.resolve(), given.step, given.millions, given.steps)
+            compare(Path(folder), given.disk.resolve(), given.step, given.millions, given.steps, given.all_moved)
     else:
         for way, (raw, moved) in medium(given.disk.resolve(), given.mb).items():
             print(f"{way}: {moved / 1e6:.0f} MB/s, {moved / raw:.0%} of the medium's {raw / 1e6:.0f} MB/s")

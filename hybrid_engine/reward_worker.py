@@ -11,8 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.reward_model import judged_text
-from hybrid_engine.health import describe
-from hybrid_engine.placement import Worker
+from hybrid_engine.actors import Worker, describe
 from rewards.config import RewardConfig
 from rewards.pool import RewardError
 from rewards.worker import Batch, Reply

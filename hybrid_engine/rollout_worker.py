@@ -11,11 +11,10 @@ import numpy as np
 import ray
 from more_itertools import batched
 
+from hybrid_engine.actors import Worker, wait_all
 from hybrid_engine.hand_over import Meeting, Sent, join, received
-from hybrid_engine.health import wait_all
 from hybrid_engine.layout import RolloutRank
 from hybrid_engine.offload import Place
-from hybrid_engine.placement import Worker
 from rollout.config import RolloutConfig
 from rollout.sampler import Request, Sample, Sampling, TokenScores, group_requests
 from rollout.types import Completion, Handle, Packed, Prompt

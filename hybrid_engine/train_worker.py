@@ -20,12 +20,12 @@ from alignment.logprobs import token_logprobs, token_scores
 from alignment.policy import RankPolicy, UpdateStats
 from alignment.protocols import Loss, TrainRow
 from alignment.routing import Routing
+from hybrid_engine.actors import Worker
 from hybrid_engine.checkpoint import Pieces, load_checkpoint, save_checkpoint, save_final
 from hybrid_engine.disk import BLOCK
 from hybrid_engine.hand_over import Meeting, Sender, Sent, Way, join
 from hybrid_engine.loading import load_model
 from hybrid_engine.offload import Offloader, Place, local, spread
-from hybrid_engine.placement import Worker
 from hybrid_engine.sharding import clip_grad_norm, last_micro_batch, make_meshes, parameter_groups, reshard
 from hybrid_engine.weight_sync import WeightPacker
 from rollout.config import RolloutConfig

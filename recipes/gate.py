@@ -92,9 +92,8 @@ def _roll_back(run: Run, stage: Stage, folder: StageFolder, before: StageFolder)
         found[step] = evaluate(run)
         return breaches(compare(start, found[step][0]), run.recipe.evals.keep)
 
-    step = choose_checkpoint(
-        {at: reward for at, reward in rewards.items() if step_dir(folder.candidates, at).is_dir()}, broken
-    )
+    kept = {at: reward for at, reward in rewards.items() if step_dir(folder.candidates, at).is_dir()}
+    step = choose_checkpoint(kept, broken)
     if step is None:
         step, found[0] = 0, (start, read(before.results.with_name("samples.jsonl")))
         weights = before.final if before.final.is_dir() else run.start

@@ -14,11 +14,11 @@ from transformers import AutoConfig, DeepseekV2Config, PreTrainedConfig
 
 from alignment.config import RewardModelConfig, SFTConfig
 from alignment.model import PRESETS, model_source
+from hybrid_engine.actors import at_hand
 from hybrid_engine.cluster import ASSUMED, GIB, Cluster, cluster
 from hybrid_engine.footprint import Model, model_of
 from hybrid_engine.forecast import Work
 from hybrid_engine.layout import misfits
-from hybrid_engine.placement import at_hand
 from hybrid_engine.prospect import Prospect, prospect, ranked, remedies
 from recipes.schema import AUTO, LoadedRecipe, Recipe, Stage, load_recipe
 from recipes.source import RecipeError, shorten

@@ -17,8 +17,8 @@ from alignment.metrics import append, append_step, plain_number, read, trackers,
 from alignment.protocols import Step
 from alignment.reward_model import length_warning
 from alignment.sample import sampled_rows, write_data
+from hybrid_engine.actors import WorkerError
 from hybrid_engine.checkpoint import prune, step_dir
-from hybrid_engine.health import WorkerError
 from recipes.build import Run, build_run, build_steps
 from recipes.gate import evaluate, evaluate_after, evaluate_within
 from recipes.progress import StageProgress

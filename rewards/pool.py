@@ -140,13 +140,10 @@ class WorkerProcess:
             if self._closed:
                 raise RewardError("the reward pool is closed")
             self._loaded = False
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", bootstrap],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # the parent's standard output belongs to those who read it
-                start_new_session=True,
-            )
+            # The parent's standard output belongs to those who read it.
+            streams = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": (theirs.fileno(),)}
+            command = [sys.executable, "-u", "-c", bootstrap]
+            self._process = subprocess.Popen(command, **streams, start_new_session=True)
 
     def _exchange(self, limit: float, *batches: Batch) -> Reply:
         """Send, and wait for the next message; without one the process is dead afterwards."""

@@ -92,7 +92,7 @@ class RolloutConfig(Config):
     mla: bool = False
     """On the CPU: vLLM's MLA kernel instead of the materialised form (slower, no prefix cache); CUDA always has MLA."""
     memory: float = Field(1.0, gt=0)
-    """KV cache: GiB on the CPU, share of device memory (at most 1) on CUDA."""
+    """KV cache: GiB on the CPU; on CUDA the share of device memory (below 1) for all that the engine holds."""
     eager: bool = True
     """Skip compilation: starts 16-40 s sooner, each step a little slower."""
 

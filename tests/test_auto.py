@@ -14,11 +14,11 @@ import yaml
 from test_run import align, finish, metrics
 
 from alignment.config import TrainConfig
-from hybrid_engine import placement
+from hybrid_engine import actors
+from hybrid_engine.actors import at_hand
 from hybrid_engine.cluster import GIB, cluster
 from hybrid_engine.forecast import Work
 from hybrid_engine.layout import misfits
-from hybrid_engine.placement import at_hand
 from hybrid_engine.prospect import prospect, ranked
 from recipes.cli import main
 from recipes.resume import RunFolder
@@ -170,8 +170,8 @@ def test_on_processors_one_rank_is_best_and_the_others_can_run(monkeypatch: pyte
 
 def test_cuda_devices_are_those_that_ray_and_torch_report(monkeypatch: pytest.MonkeyPatch) -> None:
     assert at_hand(None) is None
-    monkeypatch.setattr(placement, "installed", lambda: Installed((0, 32), "cuda"))
-    monkeypatch.setattr(placement, "start_ray", lambda address: address is None)
+    monkeypatch.setattr(actors, "installed", lambda: Installed((0, 32), "cuda"))
+    monkeypatch.setattr(actors, "start_ray", lambda address: address is None)
     asked, stopped = [], []
     one = SimpleNamespace(options=lambda **how: SimpleNamespace(remote=lambda: asked.append(how)))
     monkeypatch.setattr(ray, "remote", lambda function: one)

@@ -20,11 +20,10 @@ import hybrid_engine.engine as engine_module
 from alignment.config import GRPOConfig, SFTConfig, TrainConfig
 from alignment.grpo import grpo
 from alignment.sft import sft_step
-from hybrid_engine import health
+from hybrid_engine import actors
+from hybrid_engine.actors import WorkerError, start_ray
 from hybrid_engine.engine import HybridEngine
 from hybrid_engine.hand_over import CanaryError
-from hybrid_engine.health import WorkerError
-from hybrid_engine.placement import start_ray
 from rollout.config import RolloutConfig
 from rollout.prompts import Stream
 from rollout.sampler import Request, Sampling
@@ -243,15 +242,15 @@ def test_a_layout_with_experts_over_both_sides_trains_as_one(one: list[dict]) ->
 
 
 def test_deaths_are_seen_while_others_work_and_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "LOOK", 1.0)
+    monkeypatch.setattr(actors, "LOOK", 1.0)
     started = start_ray(None)
     sleeper = ray.remote(faulty.Sleeper).options(num_cpus=0)
     busy, idle, broken = sleeper.remote(), sleeper.remote(), sleeper.remote("no such model")
     with pytest.raises(WorkerError, match="broken: it could not start: ValueError: 1 error of it\n  no such model"):
-        health.wait_all({"busy": busy.sleep.remote(), "broken": broken.pid.remote()})
+        actors.wait_all({"busy": busy.sleep.remote(), "broken": broken.pid.remote()})
     os.kill(ray.get(idle.pid.remote()), signal.SIGKILL)
     with pytest.raises(WorkerError, match="idle: the process died"):
-        health.wait_all({"busy": busy.sleep.remote()}, {"idle": idle})
+        actors.wait_all({"busy": busy.sleep.remote()}, {"idle": idle})
     ray.kill(busy)
     if started:
         ray.shutdown()

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from ranks import CONFIGS
 
 from alignment.config import TrainConfig
-from hybrid_engine import placement
+from hybrid_engine import actors
+from hybrid_engine.actors import devices, reserve
 from hybrid_engine.layout import expert_layout, misfits, rollout_ranks
-from hybrid_engine.placement import devices, reserve
 from rollout.config import RolloutConfig
 from rollout.vllm.environment import Installed
 
@@ -69,8 +69,9 @@ def test_float32_rollouts_of_mla_are_refused_on_cuda(
     model, train = CONFIGS[family].to_dict(), TrainConfig()
     assert not list(misfits(train, RolloutConfig(), model))
     monkeypatch.setattr("hybrid_engine.layout.installed", lambda: Installed((0, 25), "cuda"))
-    assert [key for _, key, _ in misfits(train, RolloutConfig(), model)] == ["dtype"] * refused
-    assert not list(misfits(train, RolloutConfig(dtype="bfloat16"), model))
+    assert [key for _, key, _ in misfits(train, RolloutConfig(memory=0.3), model)] == ["dtype"] * refused
+    assert [key for _, key, _ in misfits(train, RolloutConfig(dtype="bfloat16"), model)] == ["memory"], "all of it"
+    assert not list(misfits(train, RolloutConfig(dtype="bfloat16", memory=0.3), model))
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,12 @@ def test_an_actor_gets_its_share_of_its_device(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         ray, "remote", lambda cls: SimpleNamespace(options=lambda **options: asked.update(options) or started)
     )
-    monkeypatch.setattr(placement, "PlacementGroupSchedulingStrategy", lambda group, **at: (group, at))
-    assert placement.launch(object, (1, 2), 1, {}, "group", 3, 0.5) == (1, 2)
+    monkeypatch.setattr(actors, "PlacementGroupSchedulingStrategy", lambda group, **at: (group, at))
+    assert actors.launch(object, (1, 2), 1, {}, "group", 3, 0.5) == (1, 2)
     assert asked["num_gpus"] == 0.5
     assert asked["scheduling_strategy"] == ("group", {"placement_group_bundle_index": 3})
     asked.clear()
-    placement.launch(object, (), 1, {}, None, 3, 0.5)
+    actors.launch(object, (), 1, {}, None, 3, 0.5)
     assert asked["num_gpus"] == 0 and "scheduling_strategy" not in asked
 
 

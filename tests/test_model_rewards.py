@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from alignment.grpo import rollout_metrics
 from alignment.model import check_classifier
 from alignment.sample import sampled_rows, write_data
-from hybrid_engine.placement import launch
+from hybrid_engine.actors import launch
 from hybrid_engine.reward_worker import ModelReward, RewardWorker, batches
 from rewards.config import RewardConfig
 from rewards.normalize import RewardNormalizer

@@ -23,8 +23,8 @@ from tiny import model_dir
 import hybrid_engine.engine as engine_module
 from alignment.config import SFTConfig, TrainConfig
 from alignment.sft import sft_step
+from hybrid_engine.actors import WorkerError
 from hybrid_engine.engine import HybridEngine
-from hybrid_engine.health import WorkerError
 from hybrid_engine.phases import Budget
 from hybrid_engine.residency import ResidencyError, Tier
 from hybrid_engine.train_worker import TrainWorker

@@ -41,6 +41,8 @@ def test_the_environment_follows_the_configuration(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(metadata, "distributions", lambda: [SimpleNamespace(metadata={"Name": "vllm"})])
     monkeypatch.setattr(metadata, "version", lambda name: "0.32.0+cu130")
     assert environment(several, 3)["LOCAL_RANK"] == "0", "on CUDA each process sees one device"
+    assert environment(several)["TRITON_F32_DEFAULT"] == "ieee"
+    assert "TRITON_F32_DEFAULT" not in environment(RolloutConfig(dtype="bfloat16"))
 
 
 def test_asking_for_it_imports_neither_vllm_nor_torch() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_run import align, finish, metrics, write_recipe
+from test_run import RECIPE, align, finish, metrics, write_recipe
 from transformers import AutoModelForCausalLM
 
 from alignment.config import TrainConfig
@@ -63,9 +63,10 @@ def test_logprobs_and_updates_equal_the_cpus(family: str) -> None:
 @pytest.mark.gpu
 def test_a_recipe_runs_with_verified_hand_overs(tmp_path: Path) -> None:
     """The hand-over's checks and the mismatch limit are on: a wrong weight would end the run."""
-    finish(align("run", str(write_recipe(tmp_path)), "--output", str(tmp_path / "run")))
+    recipe = write_recipe(tmp_path, RECIPE.replace("memory: 0.25", "memory: 0.1, dtype: bfloat16"))
+    finish(align("run", str(recipe), "--output", str(tmp_path / "run")))
     steps = metrics(tmp_path / "run", "02-grpo")
     assert len(steps) == 6
-    assert all(step["mismatch/p99"] < 1e-2 for step in steps)
+    assert all(step["mismatch/k3"] < 0.1 for step in steps)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "02-grpo" / "final")
     assert all(bool(torch.isfinite(parameter).all()) for parameter in final.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,10 +28,10 @@ DTYPES = {"deepseek": "bfloat16", "qwen3_moe": "float32"}
 
 
 def rollout(family: str) -> RolloutConfig:
-    return RolloutConfig(max_length=256, max_num_seqs=32, memory=0.3, bucket_mb=1, dtype=DTYPES[family])
+    return RolloutConfig(max_length=256, max_num_seqs=32, memory=0.1, bucket_mb=1, dtype=DTYPES[family])
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=DTYPES, scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[tuple[str, EngineHost]]:
     """A model's name, and its engine in a process of its own on the device of this one."""
     folder, settings = tiny.model_dir(request.param), rollout(request.param)
@@ -99,20 +98,13 @@ def test_bytes_that_change_after_they_left_are_refused_by_name(engine: tuple[str
         host.call(take, True, True, [sent])
 
 
-def test_digests_equal_the_hosts_and_take_little_of_a_hand_over(engine: tuple[str, EngineHost]) -> None:
+def test_digests_of_the_device_equal_the_hosts(engine: tuple[str, EngineHost]) -> None:
     family, host = engine
     _, packer, sender = training_rank(family, seed=5)
     hand_over(sender, packer, 5, host)
-    begun = time.perf_counter()
-    hand_over(sender, packer, 6, host)
-    whole, digesting = time.perf_counter() - begun, 0.0
     for bucket in range(packer.buckets):
         (parcel,) = packer.pack(6, bucket, sender.room(packer.nbytes)).values()
         assert device_digests(parcel.buffer.cpu(), parcel.manifest.pieces) == parcel.manifest.digests
-        begun = time.perf_counter()
-        device_digests(parcel.buffer, parcel.manifest.pieces)
-        digesting += time.perf_counter() - begun
-    assert 2 * digesting < 0.1 * whole, "of both sides"
 
 
 @pytest.mark.parametrize("family", DTYPES)
@@ -138,9 +130,9 @@ LAYOUTS = {
 """Devices that it needs, training, rollout."""
 
 
-def three_steps(train: dict, layout: dict) -> None:
+def three_steps(train: dict, layout: dict) -> list[dict]:
     """The hand-over's own checks and the canary are on: a wrong weight would end the run."""
-    engine = start({"memory": 0.3, "bucket_mb": 1, "dtype": "bfloat16"} | layout, **train)
+    engine = start({"memory": 0.1, "bucket_mb": 1, "dtype": "bfloat16"} | layout, **train)
     try:
         begin(engine, config())
         done = run_steps(engine, config())
@@ -148,6 +140,7 @@ def three_steps(train: dict, layout: dict) -> None:
         engine.close()
     assert all(step["updates"] == 1 and step["grad_norm"] > 0 for step in done)
     assert all(step["handover/canary"] < CANARY_LIMIT["bfloat16"] and step["mismatch/k3"] < 0.1 for step in done)
+    return done
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
@@ -156,6 +149,14 @@ def test_three_steps_with_verified_hand_overs(layout: tuple[int, dict, dict]) ->
     if torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} CUDA devices, there are {torch.cuda.device_count()}")
     three_steps(train, rollout)
+
+
+def test_compiled_engines_with_their_graphs_take_new_weights() -> None:
+    three_steps({}, {"eager": False})
+
+
+def test_with_routing_replay_the_trainer_uses_the_experts_that_vllm_chose() -> None:
+    assert all(step["mismatch/experts"] == 0 for step in three_steps({"routing_replay": True}, {}))
 
 
 def test_the_way_to_another_host_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

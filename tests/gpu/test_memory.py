@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tiny
 import torch
+from engine_host import EngineHost
 from test_run import RECIPE, align, finish, metrics, write_recipe
 
 from hybrid_engine.offload import Offloader, Place
+from rollout.config import RolloutConfig
+from rollout.sampler import Request
+from rollout.vllm.environment import environment
 
 DEVICE, HOST, DISK = (frozenset({tier}) for tier in ("device", "host", "disk"))
 
@@ -28,11 +35,64 @@ def test_what_leaves_the_device_frees_it_and_comes_back_bit_for_bit(tmp_path: Pa
     assert all(speed > 1e8 for pair in moved.speeds().values() for speed in pair)
 
 
+def sleep_and_wake(engine: Any, parcels: list, requests: list[Request]) -> tuple[list, list, list[int]]:
+    """Completions before and after the engine gave everything up; the device's free bytes at each point."""
+
+    def free() -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.mem_get_info()[0]
+
+    def sampled() -> list[list[int]]:
+        found = [sample for finished in engine.generate(requests) for sample in finished]
+        return [sample.trajectory.token_ids.tolist() for sample in sorted(found, key=lambda sample: sample.index)]
+
+    engine.update_weights(parcels)
+    before, frees = sampled(), [free()]
+    sizes = engine.give_up()
+    frees.append(free())
+    engine.hold({"weights"})
+    frees.append(free())
+    engine.update_weights(parcels)
+    engine.hold({"weights", "KV cache"})
+    frees.append(free())
+    after = sampled()
+    engine.hold({"weights"})  # the cache alone is given up, and with it what the weights are
+    engine.hold({"weights", "KV cache"})
+    engine.update_weights(parcels)
+    return before, [after, sampled()], [*frees, sizes["weights"], sizes["KV cache"]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_vllm_sleeps_and_wakes_in_stages_and_samples_the_same(family: str) -> None:
+    settings = RolloutConfig(max_length=256, max_num_seqs=32, memory=0.1, dtype="bfloat16")
+    folder = tiny.model_dir(family)
+
+    def make() -> Any:
+        from rollout.vllm.engine import VllmEngine
+
+        return VllmEngine(folder, settings, dummy=True, sleeps=True)
+
+    host = EngineHost(make, environment(settings))
+    try:
+        parcels = tiny.pack(tiny.random_model(tiny.CONFIGS[family](), seed=3), 1)
+        requests = [Request(np.arange(5 + i, 60 + i, dtype=np.int32), 8, temperature=0.0) for i in range(4)]
+        before, (after, again), numbers = host.call(sleep_and_wake, parcels, requests)
+    finally:
+        host.close()
+    awake, asleep, weights, whole, held_weights, cache = numbers
+    assert before == after == again
+    assert asleep - awake > 0.95 * (held_weights + cache), "freed for true"
+    assert asleep - weights >= held_weights and weights - whole > 0.95 * cache
+
+
 @pytest.mark.gpu
 def test_a_recipe_runs_within_a_budget(tmp_path: Path) -> None:
     """vLLM sleeps and wakes; hand-overs are verified and the mismatch is limited, so weights that came back wrong would
     end the run. All the trainer has fits: nothing of it leaves the device here."""
-    recipe = RECIPE + "memory: {device: 70GiB, disk: ./scratch}\n"
+    recipe = (
+        RECIPE.replace("memory: 0.25", "memory: 0.1, dtype: bfloat16") + "memory: {device: 70GiB, disk: ./scratch}\n"
+    )
     output = finish(align("run", str(write_recipe(tmp_path, recipe)), "--output", str(tmp_path / "run")))
     assert "Memory, phase by phase" in output
     steps = metrics(tmp_path / "run", "02-grpo")
