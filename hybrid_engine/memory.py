@@ -183,16 +183,15 @@ class Memory:
         lost = False
         for number, places in enumerate(rounds):
             mine, theirs = ([p for p in places if p.component in kind] for kind in (TRAINER, ENGINE))
-            calls = {}
-            if theirs:
-                calls |= {name: replica.place.remote(theirs) for name, replica in self._replicas.items()}
-                lost |= any(not place.tiers for place in theirs)
             if mine or number != 1:
-                calls |= {name: rank.place.remote(mine, number == 2) for name, rank in self._ranks.items()}
+                self._each(lambda rank, places=mine, during=number == 2: rank.place.remote(places, during))
             for place in places:
                 if place.component in self._judges and not place.tiers:
                     self._judges[place.component].release()
-            wait_all(calls, self._ranks | self._replicas)
+            # After the ranks: vLLM takes a device that fills up while it falls asleep for a fault.
+            if theirs:
+                lost |= any(not place.tiers for place in theirs)
+                wait_all({name: replica.place.remote(theirs) for name, replica in self._replicas.items()}, self._ranks)
         return lost
 
 
