@@ -100,18 +100,9 @@ def tree_layout(lengths: np.ndarray, ends: np.ndarray, device: torch.device) -> 
 
 
 def tree_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    tree: TreeLayout,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    tree: TreeLayout, scaling: float, dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Transformers' attention interface: query, key, value [1, heads, N, dim] -> output [1, N, heads, dim]. Raises
     ValueError for what a plain softmax over the tree would compute wrongly: attention sinks, soft caps and sliding
     windows shorter than the longest tree."""

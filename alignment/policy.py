@@ -41,7 +41,8 @@ class RankPolicy:
     last_micro_batch: told before each micro-batch whether it is the update's last, after which gradients are reduced.
     after_forward: called after a forward pass without a backward pass.
     outputs: what a micro-batch's tokens get: (log-probabilities, or a reward model's scores; entropies), both [C].
-    step: has the optimiser step."""
+    step: has the optimiser step.
+    keep_gradients: have their memory from update to update: the C library's heap would else be full of holes."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -52,6 +53,7 @@ class RankPolicy:
     routing: Routing
     outputs: Callable[[PreTrainedModel, MicroBatch, float], tuple[torch.Tensor, torch.Tensor]] = token_logprobs
     step: Callable[[torch.optim.Optimizer], None] = lambda optimizer: optimizer.step()
+    keep_gradients: bool = False
 
     def update(
         self, rows: Sequence[TrainRow], loss: Loss, *, learning_rate: float, temperature: float, max_grad_norm: float
@@ -86,7 +88,7 @@ class RankPolicy:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
         self.step(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         return stats
 
     @torch.no_grad()

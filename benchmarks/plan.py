@@ -11,7 +11,8 @@ policy and of the reference, four updates (one where the batch is 512).
 
 `memory`: a MoE and a dense model of 100 million parameters in six layouts, each in an engine as a run has it: a
 hand-over, completions of full length, the reference, an update, twice. Measured is the proportional set size of all
-processes of the run, ten times a second; predicted is the plan's peak where nothing is moved.
+processes of the run, ten times a second; predicted is the plan's peak where nothing is moved. The KV cache is small
+enough for two steps to touch all of it: what was never written takes no memory.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from rewards.config import RewardConfig
 from rollout.config import DataConfig, RolloutConfig
 from rollout.sampler import Sampling
 from rollout.types import Prompt, Scores
+from rollout.vllm.sleep import trim
 
 PROMPT = 150
 """Tokens of an OpenMathInstruct-2 problem in its template, about; the page gives the sum with the completion."""
@@ -170,6 +172,7 @@ def memory(first: int, output: Path | None) -> None:
                     config.num_key_value_heads = config.num_attention_heads
                     config.head_dim = config.hidden_size // config.num_attention_heads
                 save_model_dir(build_model(config), tokenizer, path)
+                trim()
             rows.append(one_layout(name, path, TrainConfig(tokens_per_rank=TOKENS, **train), train, rollout))
             print(rows[-1], flush=True)
     publish("Memory, predicted and measured", f"{machine_line()}\n\n{table(header, rows)}", output)
@@ -179,7 +182,7 @@ def one_layout(name: str, path: Path, train: TrainConfig, shown: dict[str, Any],
     """A row of the table."""
     from transformers import AutoConfig
 
-    rollout = RolloutConfig(max_num_seqs=128, max_length=LENGTH, memory=0.25, bucket_mb=64, **layout)
+    rollout = RolloutConfig(max_num_seqs=128, max_length=LENGTH, memory=0.125, bucket_mb=64, **layout)
     model = model_of(AutoConfig.from_pretrained(path))
     work = Work(PROMPTS, COMPLETIONS, LENGTH - NEW, NEW, NEW, samples=True, reference=True)
     each = prospect(model, train, rollout, cluster(None), work)

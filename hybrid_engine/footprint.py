@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -80,15 +81,17 @@ def model_of(config: PreTrainedConfig) -> Model:
     return Model(v, weights, len(groups) - 1, moe_layers, experts, chosen, dense, routed, active, shape, pieces)
 
 
-def sharded(model: Model, train: TrainConfig) -> int:
-    """Parameters that the first rank keeps: FSDP splits rows and pads the shares; expert parallelism splits evenly."""
+def sharded(model: Model, train: TrainConfig, most: float = inf) -> int:
+    """Parameters that the first rank keeps: FSDP splits rows and pads the shares; expert parallelism splits evenly.
+    most: count those alone that have fewer elements here."""
     layout = expert_layout(train)
     ranks = layout.parallel * layout.shard
-    return sum(
-        alike * (w.numel // ranks if w.expert and train.expert > 1 else -(-w.rows // train.shard) * (w.numel // w.rows))
+    own = (
+        (alike, w.numel // ranks if w.expert and train.expert > 1 else -(-w.rows // train.shard) * (w.numel // w.rows))
         for group, alike in model.groups.items()
         for w in group
     )
+    return sum(alike * numel for alike, numel in own if numel < most)
 
 
 def gathered(model: Model, train: TrainConfig, micro_batches: int) -> int:

@@ -4,7 +4,7 @@ to change where nothing fits."""
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from typing import Self
 
 from alignment.config import TrainConfig
@@ -16,6 +16,8 @@ from hybrid_engine.phases import NEEDED, component
 from hybrid_engine.residency import Component, ResidencyError, Schedule, Tier, best_schedule
 from rollout.config import RolloutConfig
 
+HEAP = 2**25
+"""Bytes of a block from which on glibc does not take it from its heap, at most."""
 STAYING = ("processes", *NEEDED)
 """What stays on the device where nothing is moved; all else is there in its phases alone."""
 
@@ -93,14 +95,13 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
     seconds = step_seconds(model, train, rollout, cluster, work, max(0, cache))
     cache = max(cache, cache_per_token(model, rollout, on_cpu) * (work.prompt + work.longest))
     ranks, engines = (train.world, rollout.world * rollout.replicas) if on_cpu else (1, 1)
-    idle = ASSUMED["cpu_driver"] + ranks * ASSUMED["cpu_training"] + engines * ASSUMED["cpu_engine"]
     own, tokens = 4 * sharded(model, train), min(work.rank_tokens(train), train.tokens_per_rank)
     spoken = 0 if work.scores else ceil(tokens * work.new / (work.prompt + work.new))
     saved = activations(model, train, tokens, work.tree(train), on_cpu)
     full = gathered(model, train, ceil(work.rank_tokens(train) / train.tokens_per_rank))
     judges = sum(work.judges) // (1 if on_cpu else cluster.devices)
 
-    processes = int((idle if on_cpu else ASSUMED["communicators"]) * GIB)
+    processes = int(ASSUMED["communicators"] * GIB)
     training = [
         component("parameters", ranks * own, model.pieces),
         component("gradients", ranks * own),
@@ -111,6 +112,12 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
         component("gathered", ranks * full, 1, ["reference", "train"], 0.0),
         component("reward models", judges, 1, ["score"], sum(work.judges) / cluster.disk),
     ]
+    if on_cpu:  # Ray's store keeps the pages of a hand-over's weights
+        idle = ASSUMED["cpu_driver"] + ranks * ASSUMED["cpu_training"] + engines * ASSUMED["cpu_engine"]
+        small = sharded(model, train, HEAP / 4) / sharded(model, train)
+        shares = {"activations": 1.0, "logits": 1.0}
+        heap = [(p.bytes, shares.get(p.name, small)) for p in training[:-1] if p.needed_in & seconds.keys()]
+        processes = int(idle * GIB + ASSUMED["cpu_holes"] * sum(map(prod, heap))) + rollout.world * weights
     sampling = [
         component("weights", engines * weights),
         component("KV cache", engines * cache),

@@ -89,6 +89,7 @@ class TrainWorker(Worker):
             routing=Routing(model, routing, config.capacity),
             outputs=token_scores if judges else token_logprobs,
             step=self._step,
+            keep_gradients=self._device.type == "cpu" and self._offloader is None,
         )
 
     def offload(self, folder: Path | None) -> tuple[int, dict[str, tuple[float, float]]]:

@@ -77,16 +77,9 @@ def require_sandbox(documents: Any = None) -> Any:
 
 
 def passes_tests(
-    completions: Sequence[Any],
-    tests: Sequence[Any],
-    prefix: str | None = None,
-    command: str | None = None,
-    seconds: float = 5.0,
-    memory: int = 512,
-    processes: int = 8,
-    sandbox: str = "bubblewrap",
-    **columns: Any,
-) -> list[float | None]:
+    completions: Sequence[Any], tests: Sequence[Any], prefix: str | None = None, command: str | None = None,
+    seconds: float = 5.0, memory: int = 512, processes: int = 8, sandbox: str = "bubblewrap", **columns: Any,
+) -> list[float | None]:  # fmt: skip
     """1.0 where the completion's program (its last fenced block, else all of it) passes the row's `tests`, else 0.0.
 
     A row without tests gets None.
