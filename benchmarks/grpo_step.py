@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workload import (
     CUDA,
+    DTYPE,
     Questions,
     Side,
     Work,
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE in recipes/demo.yaml, for that SFT")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our rollout engine")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=DTYPE, help="of our rollout engine")
     parser.add_argument("--against", choices=("trl", "replay"), default="trl", help="TRL, or ours with routing replay")
     parser.add_argument("--output", type=Path, help="append the report to this Markdown file")
     parser.add_argument("--side", help=argparse.SUPPRESS)

@@ -59,7 +59,8 @@ def medium(folder: Path, mb: int, rounds: int = 5) -> dict[str, tuple[float, flo
                              lambda: offloader.place([Place("probe", 0, offloader.top_alone)])],
     }  # fmt: skip
     if CUDA:
-        here, there = torch.ones(pages * PAGE, dtype=torch.uint8).pin_memory(), torch.ones(pages * PAGE).byte().cuda()
+        here, there = (torch.ones(pages * PAGE, dtype=torch.uint8) for _ in range(2))
+        here, there = here.pin_memory(), there.cuda()
         moves |= {
             "down to the host": [lambda: here.copy_(there), lambda: offloader.place([Place("probe", 0, HOST)])],
             "up from the host": [lambda: (there.copy_(here), torch.cuda.synchronize()), moves["up from the disk"][1]],
@@ -120,7 +121,9 @@ def steps(model: Path, count: int, budget: Budget | None, kv: float = 1.5) -> It
     )  # fmt: skip
     rng = np.random.default_rng(0)
     prompts = [Prompt(i, "", rng.integers(5, 300, rng.integers(3, 40)).astype(np.int32), {}) for i in range(8)]
-    kind = {"memory": 0.08, "dtype": "bfloat16"} if CUDA else {"memory": kv}
+    kind = {"memory": kv}
+    if CUDA:
+        kind = {"memory": 6.4 * GIB / torch.cuda.get_device_properties(0).total_memory, "dtype": "bfloat16"}
     rollout = RolloutConfig(max_length=96, max_num_seqs=64, bucket_mb=32, **kind)
     engine = HybridEngine(model, TrainConfig(tokens_per_rank=1024), rollout, seed=0, budget=budget)
     try:

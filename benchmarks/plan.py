@@ -9,7 +9,7 @@ step, average length, tensor parallelism of generation, seconds of a step. The p
 layouts (FSDP2 and expert parallelism instead of Megatron's), whose step does the same work: log-probabilities of the
 policy and of the reference, four updates (one where the batch is 512).
 
-`memory`: a MoE and a dense model of 100 million parameters in six layouts, each in an engine as a run has it: a
+`memory`: a MoE and a dense model of 100 million parameters in eight layouts, each in an engine as a run has it: a
 hand-over, completions of full length, the reference, an update, twice. Measured is the proportional set size of all
 processes of the run, ten times a second; predicted is the plan's peak where nothing is moved. The KV cache is small
 enough for two steps to touch all of it: what was never written takes no memory.
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,8 @@ LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dense", {}, {}),
     ("dense", {"activation_checkpointing": True}, {}),
     ("dense", {"shard": 2}, {"replicas": 2}),
+    ("dense", {}, {"tensor": 2}),
+    ("MoE", {"replicate": 2}, {}),
 ]
 
 
@@ -185,7 +187,7 @@ def one_layout(name: str, path: Path, train: TrainConfig, shown: dict[str, Any],
     rollout = RolloutConfig(max_num_seqs=128, max_length=LENGTH, memory=0.125, bucket_mb=64, **layout)
     model = model_of(AutoConfig.from_pretrained(path))
     work = Work(PROMPTS, COMPLETIONS, LENGTH - NEW, NEW, NEW, samples=True, reference=True)
-    each = prospect(model, train, rollout, cluster(None), work)
+    each = prospect(model, train, rollout, replace(cluster(None), moves=False), work)
     predicted = each.resident("device")
     config = GRPOConfig(
         prompts=DataConfig(function="a:b"), rewards=(RewardConfig(function="a:b"),), steps=2, mismatch_limit=10.0,

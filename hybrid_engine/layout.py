@@ -75,7 +75,7 @@ def misfits(
     if model.get("kv_lora_rank") and rollout.dtype == "float32" and not on_cpu:
         yield "rollout", "dtype", "vLLM's MLA kernels for CUDA know no float32; set it to bfloat16"
     if rollout.memory >= 1 and not on_cpu:
-        yield "rollout", "memory", "on CUDA it is a share of a device that the training ranks use, too: set it to 0.3"
+        yield "rollout", "memory", "on CUDA it is a share of the device, below 1: 0.3, say, beside training ranks"
     if rollout.tensor > 1 and rollout.data > 1 and on_cpu:
         yield "rollout", "data", "vLLM's MoE layers then split the tokens, too: on the CPU set it or `tensor` to 1"
     heads = model.get("num_key_value_heads") or model["num_attention_heads"]

@@ -115,9 +115,10 @@ def prospect(model: Model, train: TrainConfig, rollout: RolloutConfig, cluster: 
     if on_cpu:  # Ray's store keeps the pages of a hand-over's weights
         idle = ASSUMED["cpu_driver"] + ranks * ASSUMED["cpu_training"] + engines * ASSUMED["cpu_engine"]
         small = sharded(model, train, HEAP / 4) / sharded(model, train)
-        shares = {"activations": 1.0, "logits": 1.0}
+        shares = {"activations": 1.0, "logits": 0.0}  # these are large blocks, or few bytes
         heap = [(p.bytes, shares.get(p.name, small)) for p in training[:-1] if p.needed_in & seconds.keys()]
-        processes = int(idle * GIB + ASSUMED["cpu_holes"] * sum(map(prod, heap))) + rollout.world * weights
+        holes = 0.0 if cluster.moves else ASSUMED["cpu_holes"] * sum(map(prod, heap))  # a move gives them back
+        processes = int(idle * GIB + holes) + rollout.world * weights
     sampling = [
         component("weights", engines * weights),
         component("KV cache", engines * cache),

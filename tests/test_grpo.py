@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from alignment.config import GRPOConfig, TrainConfig
 from alignment.grpo import MismatchError, grpo
 from alignment.logprobs import TREE_ATTENTION
+from alignment.losses import sft_loss
 from alignment.policy import RankPolicy, merge_stats
 from alignment.protocols import TrainRow
 from alignment.routing import Routing
@@ -25,6 +26,26 @@ from rollout.types import Completion, Group, Handle, Prompt, Scores, Trajectory
 
 GOOD = 7
 END = 1
+
+
+def test_gradients_that_keep_their_memory_change_no_number() -> None:
+    """Every parameter that trains has a gradient after every update: AdamW steps none by zeros alone."""
+    rng, found = np.random.default_rng(0), []
+    tokens = [rng.integers(3, 40, 9).astype(np.int32) for _ in range(4)]
+    said = np.arange(9) >= 4
+    rows = [TrainRow(Trajectory(t, said, np.full(9, np.nan, np.float32), "stop"), i, 9, 1.0, 0.1)
+            for i, t in enumerate(tokens)]  # fmt: skip
+    for keeps in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(MODELS["deepseek_v2"], attn_implementation=TREE_ATTENTION)
+        optimizer, routing = torch.optim.AdamW(model.parameters(), weight_decay=0.1), Routing(model, TrainConfig())
+        policy = RankPolicy(model, optimizer, 16, lambda norm: norm, lambda last: None, lambda: None, routing)
+        policy.keep_gradients = keeps
+        for _ in range(3):
+            policy.update(rows, sft_loss, learning_rate=1e-2, temperature=1.0, max_grad_norm=1.0)
+        assert all((p.grad is not None) == keeps for p in model.parameters())
+        found.append([p.detach() for p in model.parameters()] + [s["exp_avg_sq"] for s in optimizer.state.values()])
+    assert len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
 
 
 class FakeEngine:

@@ -240,8 +240,7 @@ def test_pinned_pages_are_made_once_and_copies_wait_for_the_work_before_and_end_
         moved.place([Place("p", number, host)])
         assert tensors[number].untyped_storage().nbytes() == 0
         moved.place([Place("p", number, device)])
-    assert cuda.count("pin") == 2  # the second piece has the first one's
-    assert cuda[0] == "wait"  # for the work before
+    assert (cuda[0], cuda.count("pin"), cuda.count("synchronize")) == ("wait", 2, 8)  # pages come again; a wait a move
     moved.place([Place("p", 0, host | disk), Place("p", 1, host)])
     moved.place([Place("p", 0, disk), Place("p", 1, disk)])
     assert cuda.count("pin") == 4
@@ -252,6 +251,10 @@ def test_pinned_pages_are_made_once_and_copies_wait_for_the_work_before_and_end_
     for i, event in enumerate(cuda):  # nothing is freed while a copy may run: the last thing was to wait for it
         if event.startswith("empty"):
             assert "wait" not in cuda[:i] or cuda[:i][::-1].index("synchronize") < cuda[:i][::-1].index("wait")
+    for target in (disk, device):  # two pages in turn: each is copied before the disk, or another, has it
+        del cuda[:]
+        moved.place([Place("p", 0, target)])
+        assert cuda.count("synchronize") == 3
 
 
 class FakeLlm:
