@@ -51,6 +51,10 @@ def save_checkpoint(
     rank, stack = dist.get_rank(), ExitStack()
     folder = stack.enter_context(atomic_directory(path)) if rank == 0 else unfinished(path)
     dist.barrier()  # the folder is there
+    torch.save(_random_states(), folder / f"random-{rank}.pt")
+    if rank == 0:
+        torch.save(extra, folder / "extra.pt")
+    dist.barrier()  # every rank's random states are there; what is written below may need the group for itself
     weights, states = dcp_state.get_state_dict(model, optimizer)
     state, shards = {"model": weights, "optimizer": states}, folder / "shards"
     if pieces is None:
@@ -59,10 +63,6 @@ def save_checkpoint(
         writer = dcp.FileSystemWriter(shards, per_thread_copy_ahead=0)
         dcp.save(state, storage_writer=writer, planner=_PieceByPiece(pieces), process_group=group)
         pieces.visit(None)
-    torch.save(_random_states(), folder / f"random-{rank}.pt")
-    if rank == 0:
-        torch.save(extra, folder / "extra.pt")
-    dist.barrier()  # every rank's random states are there
 
     def finish() -> None:
         with stack:
