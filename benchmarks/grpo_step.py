@@ -23,19 +23,7 @@ from pathlib import Path
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import (
-    CUDA,
-    DTYPE,
-    Questions,
-    Side,
-    Work,
-    describe,
-    publish,
-    set_environment,
-    table,
-    take_turns,
-    train_sft,
-)
+from benchmarks.workload import Questions, Side, Work, describe, publish, set_environment, table, take_turns, train_sft
 
 PHASES = {
     "generate": "generate",
@@ -146,7 +134,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE in recipes/demo.yaml, for that SFT")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=DTYPE, help="of our rollout engine")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Work("", 0).dtype, help="of our engine")
     parser.add_argument("--against", choices=("trl", "replay"), default="trl", help="TRL, or ours with routing replay")
     parser.add_argument("--output", type=Path, help="append the report to this Markdown file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -160,10 +148,9 @@ def main() -> None:
         model = args.model or train_sft(folder / "sft", args.sft_steps, args.set)
         work = Work(str(model.resolve()), args.warmup + 3 * args.steps)
         mine = replace(work, dtype=args.dtype)
-        theirs = mine if CUDA else work  # vLLM's MLA for CUDA knows no float32
         other, against = (
-            [here.with_name("trl_side.py"), [json.dumps(asdict(theirs))]],
-            "TRL" if args.dtype == theirs.dtype else "TRL (float32)",
+            [here.with_name("trl_side.py"), [json.dumps(asdict(work))]],
+            "TRL" if args.dtype == work.dtype else "TRL (float32)",
         )
         if args.against == "replay":
             replayed = json.dumps(asdict(replace(mine, routing_replay=True)))

@@ -28,18 +28,7 @@ from typing import Any
 sys.path.pop(0)  # this folder, whose rollout.py would hide the package of that name, in Ray's workers too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import (
-    DTYPE,
-    Questions,
-    Side,
-    Work,
-    describe,
-    publish,
-    set_environment,
-    table,
-    take_turns,
-    train_sft,
-)
+from benchmarks.workload import Questions, Side, Work, describe, publish, set_environment, table, take_turns, train_sft
 
 CONTENDERS = {
     "bare": "`LLM.generate`",
@@ -183,7 +172,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each contender")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="most tokens of a completion")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=DTYPE, help="of all three")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Work("", 0).dtype, help="of all three")
     parser.add_argument("--output", type=Path, help="append the report to this Markdown file")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -36,7 +36,7 @@ class Work:
     model: str
     steps: int
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = DTYPE
     prompts: int = 64
     completions: int = 8
     max_new_tokens: int = 16
